@@ -1,0 +1,300 @@
+"""Everything that compares two images: PSNR, SSIM and PSNR-B to judge with, and the losses to train with.
+
+    python metrics.py RESTORED GROUND_TRUTH [--crop_border=4] [--y] [--filename_tmpl={}x4]
+
+"2 dB lower than the paper" is most often a difference of convention. The published figures follow these:
+
+    task                       colour  border  figures           official script
+    classical, lightweight SR  Y       scale   PSNR SSIM         SwinIR main_test_swinir.py, BasicSR test.py
+    denoising                  RGB     0       PSNR              SwinIR main_test_swinir.py (gray: as it is)
+    JPEG artefact removal      gray    0       PSNR SSIM PSNR-B  SwinIR main_test_swinir.py
+
+    rounding  the network's output is clamped to [0, 1], times 255, rounded to uint8, and only then compared
+    Y         BT.601, 16 to 235, of the uint8 RGB; not rounded, as in SwinIR and BasicSR. KAIR and MATLAB's
+              rgb2ycbcr round it, which gives 0.001 dB less at 22 dB and 1.6 dB less at 52 dB
+    channels  PSNR: one squared error over all; SSIM and PSNR-B: one value per channel, then their mean
+    set       the mean of the images' values, whatever the images' sizes
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import nn
+from torch.nn import functional as F
+
+# ---- measures ----
+
+Picture = np.ndarray | torch.Tensor  # uint8 or uint16; (H, W, 3) RGB, or (H, W, 1) or (H, W) gray
+
+
+def _planes(pred: Picture, target: Picture, crop_border: int, y: bool) -> tuple[np.ndarray, np.ndarray, int]:
+    """Two float64 (C, H, W) without the border, and the peak value; ValueError if they don't compare."""
+    pair = [i.cpu().numpy() if isinstance(i, torch.Tensor) else np.asarray(i) for i in (pred, target)]
+    a, b = (i[..., None] if i.ndim == 2 else i for i in pair)
+    if a.shape != b.shape:
+        raise ValueError(f"the images' shapes differ: {a.shape} and {b.shape}")
+    if a.ndim != 3 or a.shape[2] not in (1, 3):
+        raise ValueError(f"an image is (H, W), (H, W, 1) or (H, W, 3), channels last, not {a.shape}")
+    if a.dtype != b.dtype or a.dtype not in (np.uint8, np.uint16):
+        raise ValueError(f"both images must be uint8, or both uint16, not {a.dtype} and {b.dtype}")
+    height, width, channels = a.shape
+    if not 0 <= 2 * crop_border < min(height, width):
+        raise ValueError(f"crop_border={crop_border} is not possible with {width}x{height} pixels")
+    peak = int(np.iinfo(a.dtype).max)
+    inside = np.s_[crop_border : height - crop_border, crop_border : width - crop_border]
+    a, b = (i[inside].astype(np.float64).transpose(2, 0, 1) for i in (a, b))
+    if y and channels == 3:
+        weights = np.array([65.481, 128.553, 24.966]) / 255  # ITU-R BT.601: black is 16/255, white 235/255
+        a, b = (np.tensordot(weights, i, 1)[None] + peak * 16 / 255 for i in (a, b))
+    return a, b, peak
+
+
+def _decibel(error: float, peak: int) -> float:
+    return 10 * math.log10(peak**2 / error) if error > 0 else math.inf
+
+
+def psnr(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False) -> float:
+    """Peak signal-to-noise ratio in dB; inf for equal images.
+
+    pred, target: uint8, or both uint16 (peak 65535); (H, W, 3) RGB, (H, W, 1) or (H, W); numpy or torch.
+    crop_border: pixels left out on each side. y: compare the luma of RGB; gray is compared as it is.
+    Raises ValueError for other types and for unequal shapes.
+    """
+    pred, target, peak = _planes(pred, target, crop_border, y)
+    return _decibel(np.mean((pred - target) ** 2), peak)
+
+
+def _blur(maps: np.ndarray) -> np.ndarray:
+    """(N, H, W) -> (N, H - 10, W - 10): the 11x11 Gaussian window of sigma 1.5, only where it fits."""
+    kernel = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
+    kernel /= kernel.sum()
+    for _ in range(2):  # along W, then along H; the values that mix two lines are among those cut off
+        maps = np.convolve(maps.ravel(), kernel, "same").reshape(maps.shape)[..., 5:-5].swapaxes(1, 2)
+    return maps
+
+
+def ssim(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False) -> float:
+    """Structural similarity (Wang et al. 2004), at most 1; the constants and window of its authors.
+
+    Arguments as in `psnr`. Raises ValueError also for images under 11 pixels inside the border.
+    """
+    pred, target, peak = _planes(pred, target, crop_border, y)
+    if min(pred.shape[1:]) < 11:
+        raise ValueError(f"SSIM needs 11x11 pixels inside the border, not {pred.shape[2]}x{pred.shape[1]}")
+    c1, c2 = (0.01 * peak) ** 2, (0.03 * peak) ** 2
+    values = []
+    for a, b in zip(pred, target, strict=True):  # one channel at a time, for the sake of memory
+        mean_a, mean_b, squares, product = _blur(np.stack([a, b, a * a + b * b, a * b]))
+        mean_product, mean_squares = mean_a * mean_b, mean_a**2 + mean_b**2
+        covariance, variances = product - mean_product, squares - mean_squares
+        similarity = (2 * mean_product + c1) * (2 * covariance + c2)
+        values.append(np.mean(similarity / ((mean_squares + c1) * (variances + c2))))
+    return float(np.mean(values))
+
+
+def _blockiness(image: np.ndarray) -> float:
+    """(H, W) -> how much larger squared steps are across borders of 8x8 blocks than elsewhere, at least 0."""
+    height, width = image.shape
+    borders = height * (width // 8 - 1) + width * (height // 8 - 1)  # as SwinIR counts
+    others = height * (width - 1) + width * (height - 1) - borders
+    if borders <= 0:
+        raise ValueError(f"PSNR-B needs two 8x8 blocks inside the border, not {width}x{height} pixels")
+    steps = [np.sum(np.diff(image, axis=axis) ** 2, axis=1 - axis) for axis in (0, 1)]
+    across = sum(i[7::8].sum() for i in steps)
+    excess = across / borders - (sum(i.sum() for i in steps) - across) / others
+    return max(excess, 0.0) * math.log2(8) / math.log2(min(height, width))
+
+
+def psnrb(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False) -> float:
+    """PSNR in dB that counts the blockiness of `pred`, and of it alone, as error (Yim and Bovik 2011).
+
+    Arguments as in `psnr`. The 8x8 grid starts inside the border, so it meets a JPEG's grid only if that is a
+    multiple of 8. Raises ValueError also where fewer than two blocks are left.
+    """
+    pred, target, peak = _planes(pred, target, crop_border, y)
+    errors = [np.mean((a - b) ** 2) + _blockiness(a) for a, b in zip(pred, target, strict=True)]
+    return sum(_decibel(error, peak) for error in errors) / len(errors)
+
+
+# ---- losses: function(pred, target) -> scalar; another one is another line in LOSSES ----
+
+
+def _difference(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """pred - target, at least in float32: half precision would lose small errors and the eps."""
+    if pred.shape != target.shape:  # would broadcast in silence
+        raise ValueError(f"prediction {tuple(pred.shape)} and target {tuple(target.shape)} differ in shape")
+    return pred.to(torch.promote_types(pred.dtype, torch.float32)) - target
+
+
+def charbonnier(pred: torch.Tensor, target: torch.Tensor, eps: float = 1e-9) -> torch.Tensor:
+    """Mean of sqrt(d^2 + eps), an L1 that is smooth at 0; eps as in KAIR (BasicSR has 1e-12)."""
+    return (_difference(pred, target).square() + eps).sqrt().mean()
+
+
+LOSSES = {
+    "l1": lambda pred, target: _difference(pred, target).abs().mean(),
+    "mse": lambda pred, target: _difference(pred, target).square().mean(),
+    "charbonnier": charbonnier,
+}
+
+# The layers of torchvision's vgg19().features in order: conv1_1, relu1_1, conv1_2, relu1_2, pool1, ..., pool5
+VGG19 = []
+for _n, _depth in enumerate((2, 2, 4, 4, 4), 1):
+    VGG19 += [f"{kind}{_n}_{i}" for i in range(1, _depth + 1) for kind in ("conv", "relu")] + [f"pool{_n}"]
+VGG19_FILE = "experiments/pretrained_models/vgg19-dcbb9e9d.pth"  # BasicSR's place for it
+VGG19_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
+CRITERIA = {"l1": F.l1_loss, "l2": F.mse_loss, "fro": lambda a, b: torch.linalg.vector_norm(a - b)}
+
+
+class PerceptualLoss(nn.Module):
+    """Distance of VGG19 features, and of their Gram matrices (style), with BasicSR's arguments and results.
+
+    layer_weights: layer -> weight, e.g. {"conv5_4": 1.0} (before its ReLU), relu2_1, pool3. criterion: l1, l2
+    or fro (norm of the difference). use_input_norm: standardise by ImageNet's mean and deviation. range_norm:
+    images are in [-1, 1], not [0, 1]. vgg_path: torchvision's vgg19-dcbb9e9d.pth; None takes VGG19_FILE if it
+    is there, else torch.hub's copy or download. Raises ValueError for what cannot be had.
+    """
+
+    def __init__(
+        self,
+        layer_weights: dict[str, float],
+        use_input_norm: bool = True,
+        range_norm: bool = False,
+        perceptual_weight: float = 1.0,
+        style_weight: float = 0.0,
+        criterion: str = "l1",
+        vgg_path: str | Path | None = None,
+    ):
+        super().__init__()
+        if not layer_weights or set(layer_weights) - set(VGG19) or criterion not in CRITERIA:
+            raise ValueError(f"{layer_weights=}, {criterion=}: there are {', '.join([*CRITERIA, *VGG19])}")
+        self.layer_weights, self.distance = dict(layer_weights), CRITERIA[criterion]
+        self.use_input_norm, self.range_norm = use_input_norm, range_norm
+        self.perceptual_weight, self.style_weight = perceptual_weight, style_weight
+        self.names = VGG19[: max(map(VGG19.index, layer_weights)) + 1]
+        source = vgg_path or (VGG19_FILE if Path(VGG19_FILE).is_file() else VGG19_URL)
+        load = torch.hub.load_state_dict_from_url if source == VGG19_URL else torch.load
+        try:
+            file = load(source, map_location="cpu", weights_only=True)
+            convs = [(n, name) for n, name in enumerate(VGG19) if name.startswith("conv")]
+            weights = {name: (file[f"features.{n}.weight"], file[f"features.{n}.bias"]) for n, name in convs}
+        except Exception as error:
+            raise ValueError(
+                f"no VGG19 weights from {source} ({error!r:.200}): put {VGG19_URL} at {VGG19_FILE}"
+            ) from error
+        for name in filter(weights.get, self.names):  # unsaved buffers: no optimizer or checkpoint sees them
+            self.register_buffer(f"{name}_weight", weights[name][0], persistent=False)
+            self.register_buffer(f"{name}_bias", weights[name][1], persistent=False)
+        for name, value in (("mean", [0.485, 0.456, 0.406]), ("std", [0.229, 0.224, 0.225])):  # ImageNet's
+            self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
+
+    def _features(self, x: torch.Tensor) -> list[torch.Tensor]:
+        x = x.expand(-1, 3, -1, -1)  # gray as three equal channels
+        x = (x + 1) / 2 if self.range_norm else x
+        x = (x - self.mean) / self.std if self.use_input_norm else x
+        found = {}
+        for name in self.names:
+            if name.startswith("conv"):
+                x = F.conv2d(x, getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias"), padding=1)
+            else:
+                x = F.relu(x) if name.startswith("relu") else F.max_pool2d(x, 2)
+            if name in self.layer_weights:
+                found[name] = x.float()
+        return [found[name] for name in self.layer_weights]
+
+    def forward(self, pred: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two (B, 3 or 1, H, W) -> perceptual and style loss, times their weights; 0 for a weight of 0."""
+        features = self._features(pred)
+        with torch.no_grad():
+            wanted = self._features(target)
+        perceptual = style = pred.new_zeros((), dtype=torch.float32)
+        with torch.autocast(pred.device.type, enabled=False):  # sums over whole images: not in half precision
+            for weight, a, b in zip(self.layer_weights.values(), features, wanted, strict=True):
+                perceptual = perceptual + self.perceptual_weight * weight * self.distance(a, b)
+                if self.style_weight > 0:
+                    a, b = (i.flatten(2) @ i.flatten(2).mT / i[0].numel() for i in (a, b))  # (B, C, C)
+                    style = style + self.style_weight * weight * self.distance(a, b)
+        return perceptual, style
+
+
+# ---- command line ----
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """File -> (H, W) gray or (H, W, 3) RGB; uint8, or uint16 from 16 bits; upright, no alpha. ValueError."""
+    try:
+        parts, deep = [], False
+        while (
+            len(parts) < 1 + deep
+        ):  # 16-bit colour: Pillow keeps one byte; big-endian high, little-endian low
+            with Image.open(path, formats=["PNG", "JPEG", "BMP", "WEBP", "TIFF"]) as image:
+                rawmode = str(image.tile[0][3]) if image.tile else ""
+                deep = ";16" in rawmode and image.mode in ("RGB", "RGBA")
+                if rawmode == "LA;16B" or (image.format != "PNG" and (deep or image.mode in ("I", "F"))):
+                    raise ValueError("16 bits are read from PNG, and gray without alpha from TIFF")
+                if deep:
+                    image.tile = [(*image.tile[0][:3], rawmode[:-1] + "BL"[len(parts)])]
+                image = ImageOps.exif_transpose(image)
+                if image.mode[0] != "I":  # that is 16-bit gray
+                    image = image.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB")
+                parts.append(np.asarray(image))
+        pixels = parts[0].astype(np.uint16) * 256 + parts[1] if deep else parts[0]
+        return pixels if pixels.dtype == np.uint8 else pixels.astype(np.uint16)
+    except Exception as error:  # Pillow raises many types
+        raise ValueError(f"{path}: cannot be read ({error!r})") from error
+
+
+def _images(folder: Path, template: str = "{}") -> dict[str, Path]:
+    """Every image in and below `folder`: path there without suffix, name put into template -> file."""
+    found = {}
+    for path in sorted(folder.rglob("[!.]*")):  # no hidden files
+        if path.suffix.lower() in ".png .jpg .jpeg .bmp .webp .tif .tiff".split() and not path.is_dir():
+            name = (path.relative_to(folder).parent / template.replace("{}", path.stem)).as_posix()
+            if found.setdefault(name, path) != path:
+                sys.exit(f"{found[name]} and {path} have the same name, {name}")
+    return found or sys.exit(f"{folder}: no images in it")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="PSNR, SSIM and PSNR-B of restored images.")
+    parser.add_argument("restored", type=Path, help="image, or folder with images in and below it")
+    parser.add_argument("ground_truth", type=Path, help="image, or folder with images of the same names")
+    parser.add_argument("--crop_border", type=int, default=0, help="pixels left out on each side")
+    parser.add_argument("--y", action="store_true", help="compare the luma of RGB images, as papers on SR do")
+    parser.add_argument("--filename_tmpl", default="{}", help="restored image's name, {} being the true one")
+    args = parser.parse_args()
+    restored, truth, troubles = args.restored, args.ground_truth, []
+    if restored.is_dir() != truth.is_dir():
+        sys.exit(f"{restored} and {truth}: give two images or two folders that exist")
+    pairs = [(restored.stem, restored, truth)]
+    if restored.is_dir():
+        files, wanted = _images(restored), _images(truth, args.filename_tmpl)
+        pairs = [(name, files[name], wanted[name]) for name in wanted if name in files]
+        troubles += [f"{path}: no {name} in {restored}" for name, path in wanted.items() if name not in files]
+        troubles += [f"{path}: no partner in {truth}" for name, path in files.items() if name not in wanted]
+
+    rows, colours, width = [], set(), max(len(name) for name, *_ in [*pairs, ["mean of 1000"]])
+    line = f"{{:{width}}}  PSNR {{:8.4f}} dB  SSIM {{:.6f}}  PSNR-B {{:8.4f}} dB"
+    for name, *paths in pairs:
+        try:
+            pair = [read_image(path) for path in paths]
+            if pair[0].ndim != pair[1].ndim:  # gray beside colour: three equal channels
+                pair = [i if i.ndim == 3 else np.stack([i] * 3, axis=-1) for i in pair]
+            rows.append([measure(*pair, args.crop_border, args.y) for measure in (psnr, ssim, psnrb)])
+            colours.add("gray" if pair[0].ndim == 2 else "Y" if args.y else "RGB")
+            print(line.format(name, *rows[-1]), flush=True)
+        except ValueError as error:
+            troubles.append(f"{name}: {error}")
+    if rows:
+        mean = line.format(f"mean of {len(rows)}", *np.mean(rows, axis=0))
+        print(f"{mean}  ({' and '.join(sorted(colours))}, border {args.crop_border})", flush=True)
+    sys.exit("\n".join(troubles) or 0)
+
+
+if __name__ == "__main__":
+    main()
