@@ -8,12 +8,17 @@
 Constructor arguments, state-dict keys, outputs and gradients are those of the authors' network
 (https://github.com/JingyunLiang/SwinIR, models/network_swinir.py), so weights go both ways.
 
-Shapes: B batch, H W image, C channels, L = H*W tokens, h heads, d = C/h, windows of w x w = N tokens, n = L/N.
+Shapes: B batch, H W image, C channels, L = H*W tokens, h heads, d = C/h, n = L/N windows of w x w = N tokens.
 """
 
 from __future__ import annotations
 
+import re
+import warnings
+from collections import Counter
 from functools import lru_cache
+from math import isqrt, prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,7 +77,7 @@ def tokens(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def image(x: Tensor, size: tuple[int, int]) -> Tensor:
+def grid(x: Tensor, size: tuple[int, int]) -> Tensor:
     """(B, L, C) to (B, C, H, W), channels last in memory: no copy."""
     return x.unflatten(1, size).permute(0, 3, 1, 2)
 
@@ -91,7 +96,7 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drops a sample's whole branch. As a tensor, the rate lets compiled blocks share code."""
+    """Stochastic depth: drops a sample's branch. As a tensor, the rate lets compiled blocks share code."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -200,7 +205,7 @@ class RSTB(nn.Module):
         self.conv = body_conv(dim, resi_connection)
 
     def forward(self, x: Tensor, geometry: dict) -> Tensor:
-        return x + tokens(self.conv(image(self.residual_group(x, geometry), geometry["size"])))
+        return x + tokens(self.conv(grid(self.residual_group(x, geometry), geometry["size"])))
 
 
 def conv3(c_in: int, c_out: int) -> nn.Conv2d:
@@ -231,9 +236,10 @@ class SwinIR(nn.Module):
 
     def __init__(
         self, img_size=64, patch_size=1, in_chans=3, embed_dim=96, depths=(6, 6, 6, 6),
-        num_heads=(6, 6, 6, 6), window_size=7, mlp_ratio=4.0, qkv_bias=True, qk_scale=None, drop_rate=0.0, attn_drop_rate=0.0,
-        drop_path_rate=0.1, norm_layer=nn.LayerNorm, ape=False, patch_norm=True, use_checkpoint=False,
-        upscale=2, img_range=1.0, upsampler="", resi_connection="1conv",
+        num_heads=(6, 6, 6, 6), window_size=7, mlp_ratio=4.0, qkv_bias=True, qk_scale=None,
+        drop_rate=0.0, attn_drop_rate=0.0, drop_path_rate=0.1, norm_layer=nn.LayerNorm, ape=False,
+        patch_norm=True, use_checkpoint=False, upscale=2, img_range=1.0, upsampler="",
+        resi_connection="1conv",
     ) -> None:  # fmt: skip
         arguments = {k: v for k, v in locals().items() if k not in ("self", "norm_layer", "__class__")}
         self.arguments = {k: list(v) if isinstance(v, tuple) else v for k, v in arguments.items()}
@@ -330,12 +336,12 @@ class SwinIR(nn.Module):
         geometry = self.geometry(H, W, x.device)
         x = self.patch_embed(tokens(x))
         if self.ape_size:
-            ape = image(self.absolute_pos_embed, self.ape_size)
+            ape = grid(self.absolute_pos_embed, self.ape_size)
             x = x + tokens(ape if (H, W) == self.ape_size else F.interpolate(ape, (H, W), mode="bicubic"))
         x = self.pos_drop(x)
         for layer in self.layers:
             x = layer(x, geometry)
-        return image(self.norm(x), (H, W))
+        return grid(self.norm(x), (H, W))
 
     def forward(self, x: Tensor) -> Tensor:
         H, W = x.shape[2:]
@@ -356,3 +362,202 @@ class SwinIR(nn.Module):
         else:
             y = x + self.conv_last(y)
         return (y / self.img_range + mean)[:, :, : H * self.upscale, : W * self.upscale]
+
+
+# ---- weights: files in and out ----
+
+
+@lru_cache(maxsize=8)
+def small(buffer: Tensor) -> Tensor:
+    """The index as int16, the mask (0 or -100) as int8; cached, so that one file holds them once."""
+    return buffer.to(torch.int8 if buffer.is_floating_point() else torch.int16)
+
+
+def portable(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict's copy for a file: contiguous, on the CPU, plain keys; the buffers are small and shared.
+
+    The official class, BasicSR's and spandrel's load it with strict=True (they copy into their own buffers).
+    """
+    out = {}
+    for k, v in state_dict.items():
+        buffer = k.endswith(("attn_mask", "relative_position_index"))
+        v = small(v) if buffer else v.detach().cpu().clone(memory_format=torch.contiguous_format)
+        out[plain(k)] = v
+    return out
+
+
+def plain(key: str) -> str:
+    """The key without the prefixes of DataParallel and torch.compile."""
+    return re.sub(r"^((module|_orig_mod)\.)+", "", key)
+
+
+def read_weights(path: str | Path, param_key: str) -> tuple[dict[str, Tensor], dict]:
+    """A checkpoint's (state dict, network arguments or {}), out of any wrapping. Runs no code of the file."""
+    try:
+        file = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as e:
+        raise ValueError(f"{path}: {e.strerror or e}") from e
+    except Exception as e:
+        why = "damaged, or holds more than tensors and plain values, which could run code when read"
+        raise ValueError(
+            f"{path}: not a checkpoint ({why}): get it again, or save its state_dict alone"
+        ) from e
+    file = file if isinstance(file, dict) else {}
+    keys = (param_key, "params_ema", "params-ema", "params", "state_dict", "model_state_dict")
+    weights = next((file[k] for k in keys if isinstance(file.get(k), dict)), file)
+    weights = {plain(k): v for k, v in weights.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    if "conv_first.weight" not in weights:
+        raise ValueError(f"{path}: holds no SwinIR weights (conv_first.weight is missing)")
+    return weights, file["arguments"] if isinstance(file.get("arguments"), dict) else {}
+
+
+def arguments_of(weights: dict[str, Tensor]) -> tuple[dict, dict]:
+    """SwinIR's arguments off the tensors' shapes: those that are certain, those that are only likely."""
+    block = "layers.{}.residual_group.blocks.{}."
+    table = block.format("{}", 0) + "attn.relative_position_bias_table"
+    dim, chans = weights["conv_first.weight"].shape[:2]
+    depths = Counter(
+        int(k.split(".")[1])
+        for k in weights
+        if re.fullmatch(block.format(r"\d+", r"\d+") + "norm1.weight", k)
+    )
+    window = (isqrt(len(weights[table.format(0)])) + 1) // 2
+    hidden = len(weights[block.format(0, 0) + "mlp.fc1.bias"])
+    shuffled = 64 if "conv_last.weight" in weights else chans
+    shuffles = [len(v) // shuffled for k, v in weights.items() if re.fullmatch(r"upsample\.\d+\.weight", k)]
+    ups = sum(k in weights for k in ("conv_up1.weight", "conv_up2.weight"))
+    upsampler = (
+        "nearest+conv" if ups else "pixelshuffle" if "conv_before_upsample.0.weight" in weights else ""
+    )
+    certain = {
+        "in_chans": chans,
+        "embed_dim": dim,
+        "depths": [depths[i] for i in range(len(depths))],
+        "num_heads": [weights[table.format(i)].shape[1] for i in range(len(depths))],
+        "qkv_bias": block.format(0, 0) + "attn.qkv.bias" in weights,
+        "ape": "absolute_pos_embed" in weights,
+        "patch_norm": "patch_embed.norm.weight" in weights,
+        "upscale": 2**ups * prod(isqrt(s) for s in shuffles),
+        "upsampler": upsampler or ("pixelshuffledirect" if shuffles else ""),
+        "resi_connection": "1conv" if "conv_after_body.weight" in weights else "3conv",
+    }
+    size = 64 // window * window
+    if certain["ape"]:
+        size = isqrt(weights["absolute_pos_embed"].shape[1])
+    elif (mask := weights.get(block.format(0, 1) + "attn_mask")) is not None:
+        size = isqrt(len(mask)) * window
+    likely = {
+        "img_size": size,
+        "window_size": window,
+        "mlp_ratio": hidden / dim if int(hidden / dim * dim) == hidden else (hidden + 0.5) / dim,
+        "img_range": 255.0
+        if window == 7
+        else 1.0,  # only the JPEG networks have windows of 7; as spandrel does
+    }
+    return certain, likely
+
+
+def load(path: str | Path, param_key: str = "params_ema", device: Any = "cpu") -> SwinIR:
+    """The network in a file, in eval mode: ours, official, BasicSR, KAIR. ValueError names what is wrong."""
+    weights, stated = read_weights(path, param_key)
+    try:
+        certain, likely = arguments_of(weights)
+        net = SwinIR(**likely | stated | certain)
+        net.load_state_dict(weights)
+    except (RuntimeError, KeyError, TypeError, ValueError, ArithmeticError) as e:
+        why = " ".join(str(e).split())[:300]
+        raise ValueError(f"{path}: not a SwinIR that this program knows: {why}") from e
+    return net.to(device).eval()
+
+
+def load_weights(net: SwinIR, path: str | Path, param_key: str = "params_ema", strict: bool = True) -> str:
+    """Copies a file's tensors into `net` for fine-tuning and says what was taken.
+
+    strict=False leaves tensors that are missing or have another shape. None taken, or any left with
+    strict=True, is a ValueError.
+    """
+    weights, _ = read_weights(path, param_key)
+    own = dict(net.named_parameters())
+    taken = {k: v for k, v in weights.items() if k in own and v.shape == own[k].shape}
+    others = [k for k in weights if k not in own and not k.endswith(("attn_mask", "relative_position_index"))]
+    left = [k for k in own if k not in taken] + others
+    names = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
+    if not taken:
+        raise ValueError(f"{path}: none of its tensors fits this network")
+    if strict and left:
+        raise ValueError(f"{path}: {names} don't fit this network; strict_load=False takes the others")
+    net.load_state_dict(taken, strict=False)
+    return f"{len(taken)} of {len(own)} tensors taken" + (f"; left: {names}" if left else "")
+
+
+# ---- restoring images ----
+
+
+def spans(n: int, tile: int, overlap: int) -> list[tuple[int, int]]:
+    """(start, end) of tiles along n pixels: the last is shorter, at most two overlap."""
+    return [(s, min(s + tile, n)) for s in range(0, max(n - overlap, 1), tile - overlap)]
+
+
+def blend(out: Tensor, part: Tensor, start: int, overlap: int, dim: int) -> None:
+    """Writes `part` into `out` from `start` on, fading over what the part before has written."""
+    if start and overlap:
+        t = (torch.arange(overlap, device=out.device, dtype=out.dtype) + 0.5) / overlap
+        fade = (t**8 / (t**8 + (1 - t) ** 8)).view(-1, *[1] * (out.ndim - 1 - dim))
+        out.narrow(dim, start, overlap).lerp_(part.narrow(dim, 0, overlap), fade)
+        start, part = start + overlap, part.narrow(dim, overlap, part.shape[dim] - overlap)
+    out.narrow(dim, start, part.shape[dim]).copy_(part)
+
+
+def symmetric(net: nn.Module, x: Tensor) -> Tensor:
+    """The mean of the network's outputs for the eight rotations and mirrorings of (B, C, H, W)."""
+    mean: Any = 0
+    for k in range(8):
+        y = net(x.rot90(k, (2, 3)).flip(3) if k > 3 else x.rot90(k, (2, 3)))
+        y = (y.flip(3) if k > 3 else y).rot90(-k, (2, 3))
+        mean = mean + (y - mean) / (k + 1)  # returns eight equal outputs exactly
+    return mean
+
+
+def affordable_pixels(net: SwinIR, device: torch.device) -> int:
+    """How many input pixels fit in memory at a time: 1 GB on the CPU, most of what is free on a GPU."""
+    a = net.arguments
+    features = 8 * a["embed_dim"] + 64 * 4 * (net.upsampler != "") * a["upscale"] ** 2
+    attention = 3 * max(a["num_heads"]) * net.window**2
+    budget = 1e9
+    if device.type == "cuda":
+        budget = 0.7 * torch.cuda.mem_get_info(device)[0]
+    return int(budget / 4 / (features + attention))
+
+
+@torch.inference_mode()
+def restore(
+    net: SwinIR, image: Tensor, tile: int | None = None, overlap: int = 32, ensemble: bool = False
+) -> Tensor:
+    """The network's output for an image of any size, in tiles where the whole doesn't fit in memory.
+
+    image: (B, C, H, W) in [0, 1], on any device; the output comes back there. tile, overlap: in pixels of
+    the input; a tile never gets larger than memory allows. ensemble: the mean over the eight symmetries.
+    """
+    device, w = next(net.parameters()).device, net.window_size
+    scale = net.upscale if net.upsampler else 1
+    B, C, H, W = image.shape
+    afford = affordable_pixels(net, device)
+    limit = max(H, W) if B * H * W <= afford else isqrt(afford // B)
+    size = max(-(-min(tile or limit, limit) // w), 1) * w
+    while True:
+        fade = max(min(overlap, size // 2) // w * w, 0)
+        try:
+            out = image.new_empty(B, C, H * scale, W * scale)
+            for y0, y1 in spans(H, size, fade):
+                strip = image.new_empty(B, C, (y1 - y0) * scale, W * scale)
+                for x0, x1 in spans(W, size, fade):
+                    part = image[..., y0:y1, x0:x1].to(device)
+                    part = symmetric(net, part) if ensemble else net(part)
+                    blend(strip, part.to(image), x0 * scale, fade * scale, 3)
+                blend(out, strip, y0 * scale, fade * scale, 2)
+            return out
+        except torch.OutOfMemoryError:
+            if size == w:
+                raise
+        size = max(size // 2 // w, 1) * w
+        warnings.warn(f"out of memory: going on with tiles of {size} pixels", RuntimeWarning, stacklevel=2)
