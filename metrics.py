@@ -34,7 +34,7 @@ Picture = np.ndarray | torch.Tensor  # uint8 or uint16; (H, W, 3) RGB, or (H, W,
 
 def _planes(pred: Picture, target: Picture, crop_border: int, y: bool) -> tuple[np.ndarray, np.ndarray, int]:
     """Two float64 (C, H, W) without the border, and the peak value; ValueError if they don't compare."""
-    pair = [i.cpu().numpy() if isinstance(i, torch.Tensor) else np.asarray(i) for i in (pred, target)]
+    pair = [i.numpy(force=True) if isinstance(i, torch.Tensor) else np.asarray(i) for i in (pred, target)]
     a, b = (i[..., None] if i.ndim == 2 else i for i in pair)
     if a.shape != b.shape:
         raise ValueError(f"the images' shapes differ: {a.shape} and {b.shape}")
