@@ -70,7 +70,8 @@ def decode(path: str | Path) -> np.ndarray:
     ):  # Pillow keeps the high byte of 16-bit colour; told the other byte order, the low byte
         little = layout[-1] == "L" or (layout[-1] == "N" and sys.byteorder == "little")
         swapped, low = layout[:-1] + ("B" if little else "L"), open_image(path)[0]
-        low.tile = [(*t[:3], swapped if isinstance(t[3], str) else (swapped, *t[3][1:])) for t in low.tile]
+        swap = [swapped if isinstance(tile.args, str) else (swapped, *tile.args[1:]) for tile in low.tile]
+        low.tile = [tile._replace(args=args) for tile, args in zip(low.tile, swap, strict=True)]
         img = np.asarray(im).astype(np.uint16) << 8 | np.asarray(low)
     else:  # a palette may have transparency, which only RGBA can take
         im = im.convert("RGBA") if im.mode in ("P", "PA") else im
@@ -502,18 +503,18 @@ class PairedImageDataset(Dataset):
         bottom, right = (
             min(-(-(k + size) // block) * block + margin, end) for k, end in ((top, h), (left, w))
         )
-        gt = self.fit(gt[y * scale : bottom * scale, x * scale : right * scale], self.gt_size)
-        lq = self.degrade(gt, rng, self.options) if lq is None else self.fit(lq[y:bottom, x:right], size)
-        lq = lq[top - y :, left - x :][:size, :size]
-        gt = gt[(top - y) * scale :, (left - x) * scale :][: self.gt_size, : self.gt_size]
-        return self.augment(lq, *u[4:]), self.augment(gt, *u[4:])
-
-    def fit(self, img: np.ndarray, size: int) -> np.ndarray:
-        """With in_chans channels, and at least (size, size). The edge is mirrored too, lest LQ and GT be shifted."""
-        h, w = (max(size - length, 0) for length in img.shape[:2])
-        return to_channels(
-            np.pad(img, ((0, h), (0, w), (0, 0)), "symmetric") if h or w else img, self.in_chans
+        gt = to_channels(gt[y * scale : bottom * scale, x * scale : right * scale], self.in_chans)
+        gt = gt if self.margin else reflect(gt, self.gt_size)  # first, for noise should not be mirrored
+        lq = (
+            self.degrade(gt, rng, self.options)
+            if lq is None
+            else to_channels(lq[y:bottom, x:right], self.in_chans)
         )
+        lq = reflect(lq[top - y :, left - x :][:size, :size], size)
+        gt = reflect(
+            gt[(top - y) * scale :, (left - x) * scale :][: self.gt_size, : self.gt_size], self.gt_size
+        )
+        return self.augment(lq, *u[4:]), self.augment(gt, *u[4:])
 
     def augment(self, img: np.ndarray, u: float, v: float, t: float) -> torch.Tensor:
         """(H, W, C) -> (C, H, W), in one of BasicSR's eight symmetries."""
@@ -522,6 +523,12 @@ class PairedImageDataset(Dataset):
             img.transpose(2, 1, 0) if self.use_rot and t < 0.5 else img.transpose(2, 0, 1)
         )
         return torch.from_numpy(img if self.eight_bit else to_float(img))
+
+
+def reflect(img: np.ndarray, size: int) -> np.ndarray:
+    """Pads to at least (size, size). The edge is mirrored too, lest LQ and GT be shifted."""
+    h, w = (max(size - length, 0) for length in img.shape[:2])
+    return np.pad(img, ((0, h), (0, w), (0, 0)), "symmetric") if h or w else img
 
 
 class ValidationImages(PairedImageDataset):
@@ -537,14 +544,11 @@ class ValidationImages(PairedImageDataset):
 
     def __getitem__(self, i: int) -> dict:
         (gt, lq, h, w), (source, k, _, _) = self.open(self.pairs[i]), self.pairs[i]
-        gt = np.ascontiguousarray(self.fit(gt[: h * self.scale, : w * self.scale], 1))
-        lq = (
-            self.degrade(gt, np.random.RandomState(0), self.options)
-            if lq is None
-            else self.fit(lq[:h, :w], 1)
-        )
+        gt = to_channels(gt[: h * self.scale, : w * self.scale], self.in_chans).copy()
+        lq = self.degrade(gt, np.random.RandomState(0), self.options) if lq is None else lq[:h, :w]
+        lq = to_float(to_channels(lq, self.in_chans))
         name = f"synthetic{i:02d}" if self.synthetic else os.path.splitext(source.names[k])[0]
-        return {"name": name, "lq": torch.from_numpy(to_float(lq).transpose(2, 0, 1).copy()), "gt": gt}
+        return {"name": name, "lq": torch.from_numpy(lq.transpose(2, 0, 1).copy()), "gt": gt}
 
 
 # ---- loading ----

@@ -1,0 +1,627 @@
+"""What data.py promises: exact pixels, exact streams, and one sentence for what is wrong."""
+
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import data  # noqa: E402
+from data import (  # noqa: E402
+    ImageFolder,
+    PackedImages,
+    PairedImageDataset,
+    Prefetcher,
+    SampleNumbers,
+    SyntheticImages,
+    ValidationImages,
+    imresize,
+    list_images,
+    read_image,
+    train_loader,
+)
+
+SHARED = ROOT.parent / "shared" / "data"
+needs_shared = pytest.mark.skipif(not (SHARED / "Set5").is_dir(), reason=f"{SHARED} holds no Set5")
+
+
+def photo(h, w, c=3, seed=0, dtype=np.uint8):
+    """Smooth values with some noise, so that JPEG and bicubic have something to do."""
+    rng = np.random.default_rng(seed)
+    y, x, k = np.mgrid[:h, :w, :c]
+    img = np.sin(y / 9 + k) + np.cos(x / 7 - k) + rng.normal(0, 0.1, (h, w, c))
+    img = (img - img.min()) / (img.max() - img.min())
+    return (img * np.iinfo(dtype).max).astype(dtype)
+
+
+def save(path, img, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(img[..., 0] if img.ndim == 3 and img.shape[2] == 1 else img).save(path, **options)
+    return path
+
+
+def chunk(name, content):
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def save_png16(path, img):
+    """Pillow can't write 16-bit colour: kinds 0, 4, 2, 6 have 1, 2, 3, 4 channels."""
+    (h, w, c), rows = img.shape, (b"\0" + row.astype(">u2").tobytes() for row in img)
+    header = struct.pack(">IIBBBBB", w, h, 16, {1: 0, 2: 4, 3: 2, 4: 6}[c], 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"".join(rows))) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    return path
+
+
+def save_tiff16(path, img, order="<", deflate=False):
+    (h, w, c), pixels = img.shape, img.astype(order + "u2").tobytes()
+    pixels = zlib.compress(pixels) if deflate else pixels
+    tags = [(256, w), (257, h), (258, 0), (259, 8 if deflate else 1), (262, 2), (273, 0), (277, c), (278, h)]
+    tags += [(279, len(pixels))] + ([(338, 2)] if c == 4 else [])
+    extra, entries = 8 + 2 + 12 * len(tags) + 4, b""
+    for tag, value in tags:
+        if tag == 258:
+            entries += struct.pack(order + "HHII", tag, 3, c, extra)
+        else:
+            entries += struct.pack(order + "HHII", tag, 4, 1, extra + 2 * c if tag == 273 else value)
+    start = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "IH", 8, len(tags))
+    path.write_bytes(start + entries + bytes(4) + struct.pack(order + "H" * c, *[16] * c) + pixels)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for k in range(5):
+        save(tmp_path / "gt" / f"{k}.png", photo(50 + 3 * k, 61, seed=k))
+    return tmp_path / "gt"
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for pair in zip(a, b, strict=True) for x, y in zip(*pair, strict=True))
+
+
+def run_cli(*arguments):
+    done = subprocess.run(
+        [sys.executable, ROOT / "data.py", *map(str, arguments)], capture_output=True, text=True
+    )
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stdout + done.stderr
+
+
+# ---- reading ----
+def test_list_images_is_sorted_recursive_and_survives_links(tmp_path):
+    for name in ("b.PNG", "a.jpg", "sub/c.Tiff", ".hidden.png", ".cache/d.png", "text.txt", "ü ñ.webp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "sub" / "loop").symlink_to(tmp_path)
+    assert [p.relative_to(tmp_path).as_posix() for p in list_images(tmp_path)] == [
+        "a.jpg", "b.PNG", "sub/c.Tiff", "ü ñ.webp",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [False, True])
+def test_missing_and_empty_folder_are_named(tmp_path, make):
+    root = tmp_path / "nothing"
+    if make:
+        root.mkdir()
+    with pytest.raises(ValueError, match="nothing"):
+        PairedImageDataset(root)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "PA"])
+def test_modes(tmp_path, mode):
+    rgb = Image.fromarray(photo(9, 7))
+    im = rgb.convert("P").convert("PA") if mode == "PA" else rgb.convert(mode)
+    path = tmp_path / ("x.tif" if mode in ("CMYK", "PA") else "x.png")
+    im.save(path)
+    want = (
+        im.convert("L")
+        if mode in ("1", "L", "LA")
+        else im.convert("RGBA").convert("RGB")
+        if "A" in mode
+        else im
+    )
+    want = np.asarray(want.convert("RGB"))
+    assert np.array_equal(read_image(path, 3), want)
+    assert read_image(path, 1).shape == (9, 7, 1)
+    shape, depth, alpha = data.read_header(path)
+    assert (shape, depth) == (read_image(path).shape, 1) and alpha == (mode in ("LA", "RGBA", "PA"))
+
+
+def test_gray_of_colour_is_pillows(tmp_path):
+    img = photo(40, 30)
+    want = np.asarray(Image.fromarray(img).convert("L"))
+    assert np.array_equal(read_image(save(tmp_path / "x.png", img), 1)[..., 0], want)
+
+
+@pytest.mark.parametrize("c", [1, 3, 4])
+def test_16_bit_png(tmp_path, c):
+    img = photo(9, 7, c, dtype=np.uint16)
+    path = save_png16(tmp_path / "x.png", img)
+    assert read_image(path).dtype == np.uint16
+    assert np.array_equal(read_image(path), img[..., :3])
+    assert data.read_header(path) == ((9, 7, min(c, 3)), 2, c == 4)
+
+
+@pytest.mark.parametrize("c", [3, 4])
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("deflate", [False, True])
+def test_16_bit_tiff(tmp_path, c, order, deflate):
+    img = photo(9, 7, c, dtype=np.uint16)
+    assert np.array_equal(read_image(save_tiff16(tmp_path / "x.tif", img, order, deflate)), img[..., :3])
+
+
+def test_formats_that_would_lose_precision_are_refused_by_name(tmp_path):
+    save_png16(tmp_path / "la.png", photo(9, 7, 2, dtype=np.uint16))
+    Image.fromarray(np.ones((5, 5), np.float32)).save(tmp_path / "float.tif")
+    Image.fromarray(np.full((5, 5), 70000, np.int32)).save(tmp_path / "int.tif")
+    for name in ("la.png", "float.tif", "int.tif"):
+        with pytest.raises(ValueError, match=name):
+            read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_exif_orientation(tmp_path, turn, suffix):
+    from PIL import ImageOps
+
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    path = save(tmp_path / f"x.{suffix}", photo(16, 24), exif=exif)
+    want = np.asarray(ImageOps.exif_transpose(Image.open(path)))
+    assert np.array_equal(read_image(path), want)
+    assert data.read_header(path)[0] == want.shape
+
+
+# ---- degradations ----
+def test_imresize_by_hand():
+    """x1/2 has the taps 3 2 ... of the cubic of a = -0.5 at distances 1/4, 3/4, 5/4, 7/4, mirrored at the border."""
+    kernel = np.array([-0.0234375, -0.0703125, 0.2265625, 0.8671875])  # W(7/4), W(5/4), W(3/4), W(1/4)
+    kernel = np.concatenate([kernel, kernel[::-1]]) / 2
+    row = np.random.default_rng(0).random(16)
+    mirrored = np.concatenate([row[2::-1], row, row[:-4:-1]])
+    want = [kernel @ mirrored[2 * k : 2 * k + 8] for k in range(8)]
+    out = imresize(np.tile(row[None, :, None], (16, 1, 1)), 0.5)
+    assert np.allclose(out[..., 0], np.tile(want, (8, 1)), atol=1e-12)
+
+
+def test_imresize_sizes_types_and_constants():
+    for dtype in (np.uint8, np.uint16, np.float32):
+        for scale in (1 / 2, 1 / 3, 1 / 4, 2, 3, 0.37):
+            out = imresize(np.full((17, 10, 3), 77, dtype), scale)
+            assert out.dtype == dtype and out.shape == (np.ceil(17 * scale), np.ceil(10 * scale), 3)
+            assert np.allclose(out, 77, atol=1e-4)
+
+
+@needs_shared
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_imresize_is_matlabs(scale):
+    for path in list_images(SHARED / "Set5" / "HR"):
+        hr = read_image(path)
+        h, w = hr.shape[0] // scale, hr.shape[1] // scale
+        lr = read_image(SHARED / "Set5" / f"LR_bicubic_X{scale}" / f"{path.stem}x{scale}.png")
+        assert np.array_equal(imresize(hr[: h * scale, : w * scale], 1 / scale), lr)
+
+
+@needs_shared
+@pytest.mark.parametrize("scale", [2, 3, 4])
+@pytest.mark.parametrize("gt_size", [48, 240])
+def test_bicubic_on_the_fly_equals_matlabs_pairs(scale, gt_size):
+    root = SHARED / "Set5"
+    made = PairedImageDataset(root / "HR", degradation="bicubic", scale=scale, gt_size=gt_size)
+    options = {"scale": scale, "gt_size": gt_size, "filename_tmpl": f"{{}}x{scale}"}
+    paired = PairedImageDataset(root / "HR", root / f"LR_bicubic_X{scale}", **options)
+    assert all(same([made[n]], [paired[n]]) for n in range(60))
+    options.pop("gt_size")
+    for a, b in zip(
+        ValidationImages(root / "HR", degradation="bicubic", scale=scale),
+        ValidationImages(root / "HR", root / f"LR_bicubic_X{scale}", **options),
+        strict=True,
+    ):
+        assert torch.equal(a["lq"], b["lq"]) and np.array_equal(a["gt"], b["gt"])
+
+
+@pytest.mark.parametrize("name, scale", [("jpeg", 1), ("bicubic", 2), ("bicubic", 3)])
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_a_degraded_crop_is_the_crop_of_the_degraded_image(tmp_path, name, scale, in_chans):
+    save(tmp_path / "x.png", photo(131, 170))
+    dataset = PairedImageDataset(
+        tmp_path,
+        degradation=name,
+        quality=10,
+        scale=scale,
+        gt_size=48,
+        in_chans=in_chans,
+        use_hflip=False,
+        use_rot=False,
+    )
+    whole = ValidationImages(tmp_path, degradation=name, quality=10, scale=scale, in_chans=in_chans)[0]
+    corners = torch.from_numpy(whole["gt"]).permute(2, 0, 1).unfold(1, 4, scale).unfold(2, 4, scale)
+    size, positions = 48 // scale, set()
+    for n in range(40):
+        lq, gt = dataset[n]
+        corner = gt[:, None, None, :4, :4]
+        (y, x), *others = (corners == corner).all(-1).all(-1).all(0).nonzero().tolist()
+        want = torch.round(whole["lq"][:, y : y + size, x : x + size] * 255).byte()
+        assert not others and torch.equal(lq, want)
+        positions.add((y % 8, x % 8))
+    assert len(positions) > 20  # crops fall on every phase of the 8x8 blocks
+
+
+def test_noise_statistics_and_blind_range(tmp_path):
+    save(tmp_path / "x.png", np.full((256, 256, 3), 250, np.uint8))
+    lq, gt = PairedImageDataset(tmp_path, sigma=25, gt_size=256)[3]
+    assert lq.dtype == torch.float32 and gt.dtype == torch.uint8 and lq.max() > 1.1  # not clipped
+    noise = (lq - gt.float() / 255) * 255
+    assert abs(noise.mean()) < 0.3 and abs(noise.std() - 25) < 0.3
+    blind = PairedImageDataset(tmp_path, sigma=(0, 50), gt_size=64)
+    sigmas = [float((lq - gt.float() / 255).std()) * 255 for lq, gt in (blind[n] for n in range(300))]
+    assert abs(np.mean(sigmas) - 25) < 3 and min(sigmas) < 2 and max(sigmas) > 48
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_reference_noise(folder, in_chans):
+    for item in ValidationImages(folder, sigma=50, in_chans=in_chans):
+        bgr = item["gt"][..., ::-1].astype(np.float32) / 255
+        np.random.seed(0)
+        want = bgr + np.random.normal(0, 50 / 255, bgr.shape)
+        want = torch.from_numpy(want[..., ::-1].transpose(2, 0, 1).copy()).float()
+        assert torch.equal(item["lq"], want)
+
+
+def test_own_degradation_is_one_function_and_one_line(folder, monkeypatch):
+    monkeypatch.setitem(data.DEGRADATIONS, "invert", (lambda gt, rng, options: 255 - gt, 0))
+    lq, gt = PairedImageDataset(folder, degradation="invert", gt_size=32)[0]
+    assert torch.equal(lq, 255 - gt)
+
+
+# ---- pairs ----
+def test_eight_symmetries_equally_often(tmp_path):
+    img = photo(16, 16)
+    save(tmp_path / "x.png", img)
+    wanted = [np.rot90(a, k) for a in (img, img[:, ::-1]) for k in range(4)]
+    counts = np.zeros(8, int)
+    for use_hflip, use_rot, kinds in ((True, True, 8), (True, False, 2), (False, True, 4), (False, False, 1)):
+        dataset = PairedImageDataset(tmp_path, gt_size=16, use_hflip=use_hflip, use_rot=use_rot)
+        found = [
+            [np.array_equal(dataset[n][1].permute(1, 2, 0), a) for a in wanted].index(True)
+            for n in range(400)
+        ]
+        counts = np.bincount(found, minlength=8)
+        assert (counts > 0).sum() == kinds and counts.max() < 1.6 * 400 / kinds
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_crops_are_aligned_and_reach_every_border(tmp_path, scale):
+    lq = photo(13, 15)
+    save(tmp_path / "lq" / "x.png", lq)
+    save(tmp_path / "gt" / "x.png", lq.repeat(scale, 0).repeat(scale, 1))
+    dataset = PairedImageDataset(tmp_path / "gt", tmp_path / "lq", scale=scale, gt_size=8 * scale)
+    seen = set()
+    for n in range(300):
+        small, large = dataset[n]
+        assert torch.equal(small.repeat_interleave(scale, 1).repeat_interleave(scale, 2), large)
+        seen.add(small.numpy().tobytes())
+    assert len(seen) > 200  # of 6 x 8 positions x 8 symmetries
+
+
+def test_suffixed_names_pair_and_every_fault_is_named(tmp_path):
+    for name in ("a", "sub/b", "c d"):
+        save(tmp_path / "gt" / f"{name}.png", photo(33, 41))
+        save(tmp_path / "lq" / f"{name}x2.jpg", photo(16, 20))
+    dataset = PairedImageDataset(tmp_path / "gt", tmp_path / "lq", scale=2, gt_size=16, filename_tmpl="{}x2")
+    assert len(dataset) == 3 and dataset[0][0].shape == (3, 8, 8)
+    item = ValidationImages(tmp_path / "gt", tmp_path / "lq", scale=2, filename_tmpl="{}x2")[0]
+    assert item["lq"].shape == (3, 16, 20) and item["gt"].shape == (32, 40, 3)
+    (tmp_path / "gt" / "a.png").unlink()
+    save(tmp_path / "gt" / "new.png", photo(32, 32))
+    save(tmp_path / "lq" / "c dx2.jpg", photo(16, 30))
+    with pytest.raises(ValueError) as error:
+        PairedImageDataset(tmp_path / "gt", tmp_path / "lq", scale=2, gt_size=16, filename_tmpl="{}x2")
+    assert all(name in str(error.value) for name in ("new.png", "ax2.jpg", "c dx2.jpg", "c d.png"))
+    assert "\n" not in str(error.value)
+
+
+def test_meta_info_file_chooses(folder, tmp_path):
+    (tmp_path / "meta.txt").write_text("1.png (53,61,3)\n3.png (59,61,3)\n\n")
+    assert len(PairedImageDataset(folder, meta_info_file=tmp_path / "meta.txt")) == 2
+    (tmp_path / "meta.txt").write_text("1.png (53,61,3)\nabsent.png (5,6,3)\n")
+    with pytest.raises(ValueError, match=r"absent\.png"):
+        PairedImageDataset(folder, meta_info_file=tmp_path / "meta.txt")
+
+
+@pytest.mark.parametrize("h, w", [(1, 1), (5, 40), (40, 3), (12, 12)])
+def test_small_images_are_padded_by_reflection(tmp_path, h, w):
+    img = photo(h * 2, w * 2)
+    save(tmp_path / "gt" / "x.png", img)
+    save(tmp_path / "lq" / "x.png", imresize(img, 0.5))
+    for lq_root in (None, tmp_path / "lq"):
+        dataset = PairedImageDataset(tmp_path / "gt", lq_root, degradation="bicubic", scale=2, gt_size=32)
+        assert len(dataset.notices) == 1 and "1 images" in dataset.notices[0]
+        lq, gt = dataset[0]
+        assert lq.shape == (3, 16, 16) and gt.shape == (3, 32, 32)
+        tiled = np.pad(img, ((0, 64), (0, 64), (0, 0)), "symmetric")[:32, :32]
+        assert gt.sum() == tiled.sum() or max(h, w) > 16
+
+
+def test_16_bit_pairs_are_float(tmp_path):
+    img = photo(20, 20, dtype=np.uint16)
+    save_png16(tmp_path / "x.png", img)
+    save(tmp_path / "y.png", photo(20, 20))
+    dataset = PairedImageDataset(tmp_path, degradation="jpeg", gt_size=20, use_hflip=False, use_rot=False)
+    gts = [dataset[n][1] for n in range(2)]
+    assert all(gt.dtype == torch.float32 and 0 <= gt.min() and gt.max() <= 1 for gt in gts)
+    assert any(torch.equal(gt, torch.from_numpy(img.transpose(2, 0, 1) / np.float32(65535))) for gt in gts)
+
+
+def test_epochs_are_permutations_and_weights_are_kept(tmp_path):
+    for root, n in (("a", 2), ("b", 6)):
+        for k in range(n):
+            save(
+                tmp_path / root / f"{k}.png",
+                np.full((8, 8, 3), 10 * k + (100 if root == "b" else 0), np.uint8),
+            )
+    roots = (tmp_path / "a", tmp_path / "b")
+    values = [int(PairedImageDataset(roots, gt_size=8)[n][1][0, 0, 0]) for n in range(24)]
+    epochs = [values[k : k + 8] for k in (0, 8, 16)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2]) and len(set(epochs[0])) == 8
+    assert epochs[0] != epochs[1]
+    weighted = PairedImageDataset(roots, gt_size=8, dataset_weights=(3, 1))
+    share = np.mean([weighted[n][1][0, 0, 0] < 100 for n in range(400)])
+    assert 0.65 < share < 0.85
+    with pytest.raises(ValueError, match="dataset_weights"):
+        PairedImageDataset(roots, gt_size=8, dataset_weights=(1,))
+
+
+# ---- sources ----
+def test_synthetic_images_are_functions_of_seed_and_number():
+    a, b = SyntheticImages(seed=1, size=64), SyntheticImages(seed=1, size=64)
+    assert np.array_equal(a[5], b[5]) and not np.array_equal(a[5], a[6])
+    assert not np.array_equal(a[5], SyntheticImages(seed=2, size=64)[5])
+    assert a[5].shape == (64, 64, 3) and a[5].dtype == np.uint8
+    assert SyntheticImages(size=64, in_chans=1)[0].shape == (64, 64, 1)
+    assert 40 < np.mean([a[k].mean() for k in range(20)]) < 200
+
+
+def test_synthetic_pool_is_renewed_and_bounded(monkeypatch):
+    dataset = PairedImageDataset(gt_size=16)
+    monkeypatch.setattr(data, "dead_leaves", lambda rng, size: np.zeros((size, size, 3), np.uint8))
+    early, late = ({dataset.pick(n, u, 0)[1] for u in np.linspace(0, 0.999, 999)} for n in (0, 10**6))
+    assert early == set(range(9)) and len(late) == SyntheticImages.KEPT and not early & late
+    for n in range(0, 20000, 7):
+        dataset[n]
+    assert len(dataset.synthetic.cache) <= SyntheticImages.KEPT
+
+
+def test_validation_without_data_is_the_same_for_every_seed():
+    images = ValidationImages(count=3)
+    assert len(images) == 3 and images[2]["lq"].shape == (3, 256, 256)
+    assert np.array_equal(images[1]["gt"], ValidationImages(count=2)[1]["gt"])
+
+
+def test_packed_equals_unpacked(tmp_path):
+    root = tmp_path / "gt"
+    save(root / "rgb.png", photo(50, 40))
+    save(root / "sub/gray.png", photo(45, 60, 1))
+    save_png16(root / "deep.png", photo(41, 43, 3, dtype=np.uint16))
+    save(root / "u ü.jpg", photo(41, 37))
+    data.pack(root, tmp_path / "gt.npy")
+    assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
+    a, b = ImageFolder(root), PackedImages(tmp_path / "gt.npy")
+    assert a.names == b.names and all(
+        np.array_equal(a[i], b[i]) and a[i].dtype == b[i].dtype for i in range(4)
+    )
+    for in_chans in (1, 3):
+        a, b = (PairedImageDataset(r, gt_size=32, in_chans=in_chans) for r in (root, tmp_path / "gt.npy"))
+        assert all(same([a[n]], [b[n]]) for n in range(40))
+
+
+def test_packed_pairs_and_roots(tmp_path):
+    for k in range(3):
+        save(tmp_path / "gt" / f"{k}.png", photo(32, 40, seed=k))
+        save(tmp_path / "lq" / f"{k}x2.png", photo(16, 20, seed=k))
+    data.pack(tmp_path / "gt", tmp_path / "gt.npy")
+    data.pack(tmp_path / "lq", tmp_path / "lq.npy")
+    options = {"scale": 2, "gt_size": 16, "filename_tmpl": "{}x2"}
+    a = PairedImageDataset(tmp_path / "gt", tmp_path / "lq", **options)
+    b = PairedImageDataset(tmp_path / "gt.npy", tmp_path / "lq.npy", **options)
+    assert all(same([a[n]], [b[n]]) for n in range(40))
+
+
+def test_half_a_packed_file_is_refused(folder, tmp_path):
+    data.pack(folder, tmp_path / "x.npy")
+    whole = (tmp_path / "x.npy").read_bytes()
+    for content in (
+        b"",
+        whole[:100],
+        whole[: len(whole) // 2],
+        whole[:-1],
+        whole[:-16] + bytes(16),
+        b"no" * 999,
+    ):
+        (tmp_path / "half.npy").write_bytes(content)
+        with pytest.raises(ValueError, match=r"half\.npy is not a whole packed file"):
+            PairedImageDataset(tmp_path / "half.npy")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
+def test_killed_packing_leaves_nothing_that_passes_for_whole(tmp_path):
+    for k in range(60):
+        save(tmp_path / "gt" / f"{k:02d}.png", photo(300, 300, seed=k))
+    target = tmp_path / "x.npy"
+    for delay in (0.0, 0.05, 0.2):
+        process = subprocess.Popen([sys.executable, ROOT / "data.py", "pack", tmp_path / "gt", target])
+        while not (tmp_path / "x.npy.partial").exists() and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(delay)
+        process.kill()
+        process.wait()
+        if target.exists():  # it had finished
+            assert len(PackedImages(target).names) == 60
+            target.unlink()
+        elif (tmp_path / "x.npy.partial").exists():
+            with pytest.raises(ValueError, match="not a whole"):
+                PackedImages(tmp_path / "x.npy.partial")
+    assert run_cli("pack", tmp_path / "gt", target)[0] == 0 and len(PackedImages(target).names) == 60
+
+
+def test_packing_refuses_to_fill_the_disk(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    with pytest.raises(ValueError, match="fill the disk"):
+        data.pack(folder, tmp_path / "x.npy")
+    assert not (tmp_path / "x.npy").exists()
+
+
+# ---- loading ----
+def stream(dataset, batches=6, num_workers=0, rank=0, world=1, **options):
+    sampler = SampleNumbers(4, rank, world, **options)
+    start_method = "fork" if num_workers == 4 else "spawn" if num_workers else None
+    with Prefetcher(
+        train_loader(dataset, sampler, num_workers, multiprocessing_context=start_method), "cpu"
+    ) as it:
+        return [next(it) for _ in range(batches)]
+
+
+def test_stream_is_the_same_for_any_number_of_workers(folder, tmp_path):
+    data.pack(folder, tmp_path / "x.npy")
+    for dataset in (
+        PairedImageDataset(folder, sigma=(5, 50), gt_size=32),
+        PairedImageDataset(tmp_path / "x.npy", gt_size=32),
+    ):
+        want = stream(dataset)
+        assert want[0][1].dtype == torch.float32 and want[0][1].max() <= 1
+        assert same(want, stream(dataset, num_workers=1)) and same(want, stream(dataset, num_workers=4))
+        assert not same(want[:3], want[3:])
+
+
+def test_two_ranks_see_together_what_one_process_sees(folder):
+    dataset = PairedImageDataset(folder, gt_size=32)
+    want = stream(dataset)
+    ranks = [stream(dataset, rank=r, world=2) for r in (0, 1)]
+    assert same(
+        want, [[torch.cat(pair) for pair in zip(a, b, strict=True)] for a, b in zip(*ranks, strict=True)]
+    )
+    micro = stream(dataset, batches=12, accumulate=2)
+    halves = zip(micro[::2], micro[1::2], strict=True)
+    assert same(want, [[torch.cat(pair) for pair in zip(a, b, strict=True)] for a, b in halves])
+    assert same(want[3:], stream(dataset, batches=3, start=3))
+
+
+def test_sample_numbers():
+    def take(n, *arguments):
+        return [batch for batch, _ in zip(SampleNumbers(*arguments), range(n), strict=False)]
+
+    assert take(2, 4, 0, 1, 5) == [[20, 21, 22, 23], [24, 25, 26, 27]]
+    assert take(3, 8, 1, 2, 1, 2) == [[10, 11], [14, 15], [18, 19]]
+    with pytest.raises(ValueError, match="batch_size=6"):
+        SampleNumbers(6, 0, 4)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_truncated_image_stops_training_with_its_name(folder, num_workers):
+    path = folder / "2.png"
+    path.write_bytes(path.read_bytes()[:2000])
+    dataset = PairedImageDataset(folder, gt_size=32)
+    with (
+        pytest.raises(ValueError, match=r"^\S*2\.png can't be read \(.*\)$") as error,
+        Prefetcher(train_loader(dataset, SampleNumbers(5), num_workers), "cpu") as batches,
+    ):
+        for _ in range(3):
+            next(batches)
+    assert "\n" not in str(error.value)
+
+
+class Slow(torch.utils.data.Dataset):
+    def __getitem__(self, n):
+        if n == 3:
+            time.sleep(60)
+        return torch.zeros(1), torch.full((1,), n, dtype=torch.uint8)
+
+
+def test_killed_worker_is_an_error_within_seconds():
+    with Prefetcher(train_loader(Slow(), SampleNumbers(1), 1), "cpu") as batches:
+        next(batches)
+        worker = batches.batches._workers[0]
+        os.kill(worker.pid, signal.SIGKILL)
+        start = time.time()
+        with pytest.raises(RuntimeError, match="worker"):
+            for _ in range(10):
+                next(batches)
+        assert time.time() - start < 20
+
+
+def test_close_stops_thread_and_workers(folder):
+    prefetcher = Prefetcher(train_loader(PairedImageDataset(folder, gt_size=32), SampleNumbers(2), 2), "cpu")
+    next(prefetcher)
+    assert prefetcher.wait >= 0
+    workers = prefetcher.batches._workers
+    prefetcher.close()
+    prefetcher.close()
+    assert not prefetcher.thread.is_alive() and not any(worker.is_alive() for worker in workers)
+
+
+# ---- command line ----
+def test_check_names_every_bad_file_and_no_good_one(tmp_path):
+    rng = np.random.default_rng(0)
+    good, bad = [], []
+    for k in range(200):
+        kind, name = k % 10, f"{'sub dir/' * (k % 3 == 0)}{'ü ' * (k % 5 == 0)}img_{k:03d}"
+        suffix = ".PNG" if k % 4 == 0 else ".png"
+        img, lq_img = (
+            rng.integers(0, 256, (24, 32, 3), dtype=np.uint8),
+            rng.integers(0, 256, (12, 16, 3), dtype=np.uint8),
+        )
+        path = save(tmp_path / "gt" / f"{name}.png", img)
+        lq = save(tmp_path / "lq" / f"{name}x2.png", lq_img)
+        if kind == 0:
+            path.write_bytes(path.read_bytes()[: 200 + k])  # truncated
+        elif kind == 1:
+            lq.unlink()
+        elif kind == 2:
+            save(lq, lq_img[:9])
+        elif kind == 3:
+            Image.fromarray(img).convert(("L", "P", "1", "RGBA", "LA")[k // 10 % 5]).save(path)
+        elif kind == 4:
+            path.write_bytes(b"not an image")
+        (bad if kind in (0, 1, 2, 4) else good).append(f"img_{k:03d}")
+        if suffix == ".PNG":
+            path.rename(path.with_suffix(".PNG"))
+    (tmp_path / "gt" / ".hidden.png").write_bytes(b"junk")
+    (tmp_path / "gt" / "loop").symlink_to(tmp_path / "gt")
+    (tmp_path / "gt" / "img_dangling.png").symlink_to(tmp_path / "nowhere")
+    code, text = run_cli("check", tmp_path / "gt", tmp_path / "lq", "--scale=2", "--filename_tmpl={}x2")
+    assert code == 1
+    assert [name for name in [*bad, "img_dangling"] if name not in text] == []
+    assert [name for name in [*good, ".hidden"] if name in text] == []
+    with pytest.raises(ValueError, match="see python data"):
+        PairedImageDataset(tmp_path / "gt", tmp_path / "lq", scale=2, gt_size=16, filename_tmpl="{}x2")
+
+
+def test_command_line(folder, tmp_path):
+    config = tmp_path / "config.py"
+    config.write_text(f"dataroot_gt = {str(folder)!r}\ngt_size = 32\nlr = 1e-3\n")
+    assert run_cli("check", config)[0] == 0
+    assert run_cli("preview", config, tmp_path / "sheet.png", "--degradation=jpeg")[0] == 0
+    assert Image.open(tmp_path / "sheet.png").size == (8 * 32, 2 * 32)
+    code, text = run_cli("check", tmp_path / "absent")
+    assert code == 1 and "absent" in text and text.count("\n") == 1
+    assert run_cli()[0] == 1
+
+
+def test_data_py_works_alone(tmp_path):
+    (tmp_path / "data.py").write_text((ROOT / "data.py").read_text(encoding="utf-8"), encoding="utf-8")
+    code = "import data; lq, gt = data.PairedImageDataset(gt_size=32)[0]; print(lq.shape, sorted(data.DEGRADATIONS))"
+    done = subprocess.run([sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, '.'); {code}"],
+                          cwd=tmp_path, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
