@@ -75,7 +75,8 @@ def decode(path: str | Path) -> np.ndarray:
         img = np.asarray(im).astype(np.uint16) << 8 | np.asarray(low)
     else:  # a palette may have transparency, which only RGBA can take
         im = im.convert("RGBA") if im.mode in ("P", "PA") else im
-        img = np.asarray(im.convert("L" if im.mode in ("1", "L", "LA") else "RGB"))
+        mode = "L" if im.mode in ("1", "L", "LA") else "RGB"
+        img = np.asarray(im if im.mode == mode else im.convert(mode))
     img = img[..., :3] if img.ndim == 3 else img[..., None]
     img = img.swapaxes(0, 1) if turn > 4 else img
     return np.ascontiguousarray(
@@ -301,72 +302,84 @@ class SyntheticImages:
         if number not in self.cache:
             if len(self.cache) == self.KEPT:
                 del self.cache[next(iter(self.cache))]
-            img = dead_leaves(
-                np.random.Generator(np.random.Philox(key=[self.seed % 2**63, number])), self.size
-            )
+            img = dead_leaves(sample_rng(self.seed, number, 1), self.size)
             self.cache[number] = to_channels(img, self.in_chans)
         return self.cache[number]
 
 
-def dead_leaves(rng: np.random.Generator, size: int) -> np.ndarray:
-    """One (size, size, 3) uint8 image: leaves painted from back to front, each where it covers."""
+def dead_leaves(rng: np.random.Generator, size: int, count: int = 300) -> np.ndarray:
+    """(size, size, 3) uint8: a ground and `count` leaves, painted from back to front, each where it covers."""
     y, x = np.mgrid[:size, :size].astype(np.float32)
     # Noise with an amplitude spectrum of 1 / frequency^p, from grain (p = 0.5) to clouds (2); mean 0, deviation 1.
     f = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size))
     f[0, 0] = np.inf
-    noise = np.fft.rfft2(rng.standard_normal((4, size, size))) / f ** rng.uniform(0.5, 2, (4, 1, 1))
+    noise = np.fft.rfft2(rng.standard_normal((3, size, size), np.float32)) / f ** rng.uniform(
+        0.5, 2, (3, 1, 1)
+    )
     noise = np.fft.irfft2(noise, (size, size)).astype(np.float32)
     noise /= noise.std(axis=(1, 2), keepdims=True)
-    # Colours vary by luminance, and far less along two opponent axes, around the tint of the image.
-    mean, spread, vivid = rng.uniform(0.25, 0.6), rng.uniform(0.1, 0.3), rng.gamma(2, 0.5)
-    tint = rng.laplace(0, (0.05, 0.02))
-
-    def paint(rows: slice, cols: slice, r: float) -> np.ndarray:
-        """(h, w, 3) pixels of a leaf of radius r: one colour, with shading, noise, and sometimes stripes."""
-        v, u, grain = y[rows, cols], x[rows, cols], noise[rng.integers(4)]
-        dy, dx = (int(rng.integers(size - length + 1)) for length in v.shape)
-        light = 1 + rng.exponential(0.08) * grain[dy : dy + v.shape[0], dx : dx + v.shape[1]]
-        light += rng.normal(0, 0.25 / size) * (u - u[0, 0]) + rng.normal(0, 0.25 / size) * (v - v[0, 0])
-        if rng.random() < 0.25:
-            wave, turn = 2 * math.pi / (2 + rng.exponential(min(r, 12))), rng.uniform(0, 2 * math.pi)
-            phase = wave * math.cos(turn) * u + wave * math.sin(turn) * v + rng.normal() * grain[rows, cols]
-            light += rng.exponential(0.15) * np.sin(phase)
-        chroma = tint + vivid * rng.laplace(0, (0.12, 0.05))
-        colour = np.array([1, *chroma]) @ [[1, 1, 1], [1, 0, -1], [0.5, -1, 0.5]]
-        return light[..., None] * (np.clip(rng.normal(mean, spread), 0.02, 1) * colour).astype(np.float32)
-
-    img, soft = (
-        paint(slice(size), slice(size), size),
+    # Colours differ in luminance, and far less along two opponent axes, from the tint of the image.
+    mean, spread, vivid, tint = (
+        rng.uniform(0.25, 0.6),
+        rng.uniform(0.1, 0.3),
+        rng.gamma(2, 0.5),
+        rng.laplace(0, (0.05, 0.02)),
+    )
+    chroma = tint + vivid * rng.laplace(0, (0.12, 0.05), (count + 1, 2))
+    colours = np.insert(chroma, 0, 1, axis=1) @ [[1, 1, 1], [1, 0, -1], [0.5, -1, 0.5]]
+    colours = (colours * rng.normal(mean, spread, (count + 1, 1)).clip(0.02, 1)).astype(np.float32)
+    smallest, soft = (
+        math.exp(rng.uniform(0, math.log(6))),
         rng.uniform(0.6, 1.4),
-    )  # soft: the pixels that an edge takes
-    smallest = math.exp(rng.uniform(0, math.log(6)))
-    radii = (smallest**-2 - rng.random(250) * (smallest**-2 - size**-2)) ** -0.5  # density ~ r^-3
-    radii[:15] = rng.uniform(size / 16, size / 3, 15)  # cover most of the ground
-    for r in radii.tolist():
-        cy, cx, turn, kind = rng.random(4) * (size, size, 2 * math.pi, 1)
-        rows, cols = (slice(max(int(c - r - 2), 0), int(c + r + 3)) for c in (cy, cx))
-        v, u = y[rows, cols] - np.float32(cy), x[rows, cols] - np.float32(cx)
-        cos, sin = math.cos(turn), math.sin(turn)
-        u, v = cos * u + sin * v, cos * v - sin * u
-        out = np.hypot(u, v) - r  # distance from the outline, in pixels; < 0 inside
+    )  # soft: the width of an edge
+    radii = (smallest**-2 - rng.random(count + 1) * (smallest**-2 - size**-2)) ** -0.5  # density ~ r^-3
+    radii[:16] = [2 * size, *rng.uniform(size / 16, size / 3, 15)]  # the ground, and what covers most of it
+    img = np.zeros((size, size, 3), np.float32)
+    for r, colour, (cy, cx, turn, kind, *u) in zip(
+        radii.tolist(), colours, rng.random((count + 1, 12)).tolist(), strict=True
+    ):
+        cy, cx, cos, sin = cy * size, cx * size, math.cos(2 * math.pi * turn), math.sin(2 * math.pi * turn)
+        box = slice(max(int(cy - r - 2), 0), int(cy + r + 3)), slice(max(int(cx - r - 2), 0), int(cx + r + 3))
+        h, w = y[box] - cy, x[box] - cx
+        a, b = cos * w + sin * h, cos * h - sin * w
+        out = np.hypot(a, b) - r  # distance from the outline in pixels, < 0 inside
         if kind < 0.4:  # an ellipse
-            flat = rng.uniform(0.3, 1)
-            out = (np.hypot(u, v / flat) - r) * flat
+            out = (np.hypot(a, b / (0.3 + 0.7 * u[0])) - r) * (0.3 + 0.7 * u[0])
         elif kind < 0.75:  # a polygon with round corners
-            for side in rng.uniform(0, 2 * math.pi, rng.integers(3, 7)).tolist():
-                np.maximum(out, math.cos(side) * u + math.sin(side) * v - r * rng.uniform(0.3, 0.8), out=out)
+            for side in rng.uniform(0, 2 * math.pi, 3 + int(4 * u[0])).tolist():
+                np.maximum(
+                    out,
+                    math.cos(side) * a + math.sin(side) * b - r * (0.3 + 0.5 * math.cos(side) ** 2),
+                    out=out,
+                )
         else:  # a bent stroke: a hair, a twig
-            bend = rng.normal(0, 0.4) * (u * u / r - r / 3)
-            np.maximum(out, np.abs(v - bend) - max(0.4, r * rng.exponential(0.08)), out=out)
-        if r > 8 and rng.random() < 0.5:  # ragged
-            out += rng.uniform(0, 0.15) * r * noise[rng.integers(4)][rows, cols]
-        img[rows, cols] += np.clip(0.5 - out / soft, 0, 1)[..., None] * (
-            paint(rows, cols, r) - img[rows, cols]
-        )
+            bend = (u[0] - 0.5) * (a * a / r - r / 3)
+            np.maximum(out, np.abs(b - bend) - max(0.4, -0.08 * r * math.log(1 - u[1])), out=out)
+        grain, light = noise[int(3 * u[2])], np.float32(1)
+        if r > 4:  # shading, and noise or stripes; the amplitudes are exponential
+            if u[3] < 0.5:  # ragged
+                out += 0.3 * u[3] * r * grain[box]
+            light = 1 - 0.08 * math.log(1 - u[4]) * grain[:: 1 if u[5] < 0.5 else -1].T[box]
+            light += (u[6] - 0.5) / size * a
+            if u[7] < 0.25:
+                wave = 2 * math.pi / (2 - min(r, 12) * math.log(1 - 4 * u[7]))
+                light -= 0.15 * math.log(1 - 0.99 * u[4]) * np.sin(wave * a + wave * b * u[6] + grain[box])
+            light = light[..., None]
+        cover = (0.5 - out / soft).clip(0, 1)[..., None] if r < 2 * size else 1
+        img[box] += cover * (light * colour - img[box])
     return (img.clip(0, 1) * 255 + 0.5).astype(np.uint8)
 
 
 # ---- pairs ----
+def sample_rng(seed: int, number: int, stream: int = 0, reuse=None) -> np.random.Generator:
+    """A pure function of the numbers. To set the state of a generator takes a tenth of making one."""
+    rng = reuse or np.random.Generator(np.random.Philox(key=0))
+    state = {"counter": np.array([0, 0, 0, stream], "u8"), "key": np.array([seed % 2**64, number], "u8")}
+    unused = {"buffer": np.zeros(4, "u8"), "buffer_pos": 4, "has_uint32": 0, "uinteger": 0}
+    rng.bit_generator.state = {"bit_generator": "Philox", "state": state, **unused}
+    return rng
+
+
 def open_pairs(gt_roots, lq_roots=(), scale=1, filename_tmpl="{}", meta_info_file=None, **folder_options):
     """Opens all roots, folders or packed files, and pairs their images by name, from the headers alone.
 
@@ -441,7 +454,7 @@ class PairedImageDataset(Dataset):
         self.degrade, self.margin = (None, 0) if lq_roots else DEGRADATIONS[degradation]
         self.options = SimpleNamespace(sigma=sigma, quality=quality, scale=scale)
         self.scale, self.gt_size, self.in_chans, self.seed, self.epoch = scale, gt_size, in_chans, seed, None
-        self.use_hflip, self.use_rot = use_hflip, use_rot
+        self.use_hflip, self.use_rot, self.rng = use_hflip, use_rot, sample_rng(0, 0)
         cache_gb /= max(len(gt_roots + lq_roots), 1)
         groups, problems, self.notices = open_pairs(
             gt_roots, lq_roots, scale, filename_tmpl, meta_info_file, cache_gb=cache_gb
@@ -464,23 +477,19 @@ class PairedImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.pairs) or SyntheticImages.KEPT
 
-    def rng(self, number: int, stream: int = 0) -> np.random.Generator:
-        key, counter = [self.seed % 2**63, number], [0, 0, 0, stream]
-        return np.random.Generator(np.random.Philox(key=key, counter=counter))
-
     def pick(self, n: int, u: float, v: float) -> tuple:
         """The pair of sample n, whose random numbers in [0, 1) are u and v."""
         if (
             self.synthetic
-        ):  # a pool of the last KEPT; one joins every 32 samples, for it takes as long as many crops
-            newest = 8 + n // 32
+        ):  # a pool of the last KEPT; one joins every 64 samples, for it takes as long as many crops
+            newest = 8 + n // 64
             return self.synthetic, newest - int(u * min(newest + 1, SyntheticImages.KEPT)), None, None
         if self.weights:
             root = np.searchsorted(np.cumsum(self.weights), u * sum(self.weights), side="right")
             return self.pairs[self.starts[root] + int(v * (self.starts[root + 1] - self.starts[root]))]
         epoch, position = divmod(n, len(self.pairs))
         if epoch != self.epoch:
-            self.epoch, self.order = epoch, self.rng(epoch, stream=1).permutation(len(self.pairs))
+            self.epoch, self.order = epoch, sample_rng(self.seed, epoch, 2).permutation(len(self.pairs))
         return self.pairs[self.order[position]]
 
     def open(self, pair: tuple) -> tuple[np.ndarray, np.ndarray | None, int, int]:
@@ -491,7 +500,7 @@ class PairedImageDataset(Dataset):
         return (gt, lq, h, w) if lq is None else (gt, lq, min(h, lq.shape[0]), min(w, lq.shape[1]))
 
     def __getitem__(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-        rng = self.rng(n)
+        rng = sample_rng(self.seed, n, reuse=self.rng)
         u = rng.random(7).tolist()
         gt, lq, h, w = self.open(self.pick(n, *u[:2]))
         scale, size, margin, block = self.scale, self.gt_size // self.scale, self.margin, max(self.margin, 1)
@@ -527,7 +536,7 @@ class PairedImageDataset(Dataset):
 
 def reflect(img: np.ndarray, size: int) -> np.ndarray:
     """Pads to at least (size, size). The edge is mirrored too, lest LQ and GT be shifted."""
-    h, w = (max(size - length, 0) for length in img.shape[:2])
+    h, w = max(size - img.shape[0], 0), max(size - img.shape[1], 0)
     return np.pad(img, ((0, h), (0, w), (0, 0)), "symmetric") if h or w else img
 
 
