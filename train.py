@@ -1,8 +1,8 @@
 """Train SwinIR. One file, one loop; every option is a line of Config.
 
-    python train.py configs/tiny.py                            # a denoiser in minutes on a laptop, no data needed
+    python train.py configs/tiny.py                           # a denoiser in minutes on a laptop, without data
     python train.py configs/denoise.py --dataroot_gt=DIV2K_HR --val_gt=CBSD68 --lr=1e-4
-    torchrun --nproc_per_node=8 train.py configs/denoise.py    # batch_size is global: the recipe stays the same
+    torchrun --nproc_per_node=8 train.py configs/denoise.py   # batch_size is global: the recipe is the same
 
 Results go to experiments/<name>/. The same command again continues where it stopped.
 """
@@ -25,7 +25,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, NoneType
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -48,7 +48,6 @@ class Config:
     resume: Literal["auto", "never"] = "auto"  # never: the old folder is moved to <name>_archived_<time>
     eval_only: bool = False  # validate pretrain_network, or the last checkpoint, and stop
     max_hours: float | None = None  # save and stop after this time; None: no limit
-
     # data: folders or files made by data.py pack; several are separated by commas
     dataroot_gt: str | tuple | None = None  # clean images; None: synthetic ones
     dataroot_lq: str | tuple | None = None  # their degraded partners; None: made by `degradation`
@@ -56,13 +55,12 @@ class Config:
     filename_tmpl: str = "{}"  # name of the partner of {}: {}x4 pairs baby.png with babyx4.png
     meta_info_file: str | None = None  # lists the names to use, one a line; None: all
     degradation: str = "noise"  # noise, jpeg, bicubic: see DEGRADATIONS in data.py
-    sigma: float | tuple = 25.0  # noise: standard deviation of 255, or a range as 0,50
-    quality: float | tuple = 40.0  # jpeg: quality from 1 to 100, or a range as 10,40
+    sigma: float | tuple = 25.0  # noise: deviation of 255, or a range as 0,50, whose end is validated
+    quality: float | tuple = 40.0  # jpeg: 1 to 100, or a range as 10,40, whose start is validated
     gt_size: int = 128  # side of the ground-truth patch in pixels
     use_hflip: bool = True  # horizontal flips
     use_rot: bool = True  # vertical flips and transpositions: with use_hflip, all eight symmetries
     num_workers: int | None = None  # loader processes per rank; None: 8 at most on a GPU, 1 on a CPU
-
     # network: SwinIR-M
     scale: int = 1  # upscaling factor
     in_chans: Literal[3, 1] = 3  # 3: RGB, 1: gray
@@ -79,7 +77,6 @@ class Config:
     pretrain_network: str | None = None  # weights to start from: ours, official, BasicSR's or KAIR's
     param_key: str = "params_ema"  # which weights of that file
     strict_load: bool = True  # False: take what fits
-
     # optimisation
     batch_size: int = 8  # global: samples per step over all ranks and micro-batches
     accumulate: int | None = None  # micro-batches per step and rank; None: 1, on a CPU as its memory demands
@@ -97,13 +94,9 @@ class Config:
     warmup_iters: int = 0  # the lr grows linearly and reaches its value at this iteration
     grad_clip: float | None = None  # largest norm of the gradient; None: no clipping
     ema_decay: float = 0.999  # of the averaged weights, which are validated; 0: no averaging
-    max_bad_steps: int = 50  # stop after so many steps in a row without a finite loss and gradient
-
     # validation and files
     val_gt: str | tuple | None = None  # validation sets; None: synthetic images, unless dataroot_lq is given
     val_lq: str | tuple | None = None  # their degraded partners; None: made by `degradation`
-    val_sigma: float | None = None  # None: sigma, or the end of its range
-    val_quality: float | None = None  # None: quality, or the start of its range
     val_freq: int = 5000  # iterations between validations; 0: never
     crop_border: int = 0  # pixels cut off on each side before PSNR and SSIM
     test_y_channel: bool = False  # PSNR and SSIM on the Y channel of YCbCr
@@ -111,7 +104,6 @@ class Config:
     print_freq: int = 100
     save_checkpoint_freq: int = 5000
     keep_last: int = 3  # checkpoints kept besides the best weights; 0: all
-
     # speed
     amp: Literal["auto", "bf16", "fp16", "none"] = "auto"  # auto: bf16 where the hardware computes in it
     compile: Literal["auto", "on", "off"] = "auto"  # auto: on for CUDA on Linux
@@ -121,54 +113,44 @@ class Config:
 # ---- options: defaults, then config files, then --key=value ----
 
 HINTS = get_type_hints(Config)
-LOWEST = dict.fromkeys(
-    "seed num_workers warmup_iters val_freq crop_border keep_last lr weight_decay ema_decay".split(), 0
+FROM_1 = (
+    "scale gt_size embed_dim window_size batch_size accumulate total_iters print_freq save_checkpoint_freq "
 )
-LOWEST |= dict.fromkeys(
-    "gt_size scale embed_dim window_size batch_size accumulate total_iters print_freq".split(), 1
-)
-LOWEST |= dict.fromkeys("save_checkpoint_freq max_bad_steps".split(), 1) | {
-    "mlp_ratio": 0.01,
-    "grad_clip": 1e-9,
-}
+FROM_1 += "depths num_heads quality milestones"
 BASICSR = {
-    "total_iter": "total_iters", "num_worker_per_gpu": "num_workers", "batch_size_per_gpu": "batch_size",
-    "manual_seed": "seed", "warmup_iter": "warmup_iters", "pretrain_network_g": "pretrain_network",
-    "param_key_g": "param_key", "strict_load_g": "strict_load", "eta_min": "scheduler", "accum_iter": "accumulate",
-}  # fmt: skip
+    "total_iter": "total_iters",
+    "num_worker_per_gpu": "num_workers",
+    "batch_size_per_gpu": "batch_size",
+}
+BASICSR |= {"manual_seed": "seed", "warmup_iter": "warmup_iters", "pretrain_network_g": "pretrain_network"}
 
 
 def coerce(value: Any, name: str, source: str) -> Any:
-    """`value` as Config declares it; text comes from the command line. SystemExit if it is of another type."""
-    hint = HINTS[name]
-    choices = getattr(hint, "__origin__", None) is Literal and get_args(hint)
-    kinds = {type(c) for c in choices} if choices else set(get_args(hint) or (hint,))
-    if source.startswith("-") and value in ("None", "none") and NoneType in kinds:
-        value = None
-    elif source.startswith("-") and str not in kinds:
+    """`value` as Config declares it, or SystemExit. From the command line it comes as text."""
+    choices = get_args(HINTS[name]) if get_origin(HINTS[name]) is Literal else ()
+    kinds = {type(choice) for choice in choices} or set(get_args(HINTS[name])) or {HINTS[name]}
+    if source.startswith("-") and str in kinds:
+        value = None if value == "None" and NoneType in kinds else value
+        value = tuple(value.split(",")) if value and tuple in kinds and "," in value else value
+    elif source.startswith("-"):
         with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             value = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
-    elif source.startswith("-") and tuple in kinds and "," in value:
-        value = tuple(value.split(","))
     value = tuple(value) if isinstance(value, list) else str(value) if isinstance(value, Path) else value
-    if type(value) is int and int not in kinds and float in kinds and abs(value) < 1e300:
+    if type(value) is int and int not in kinds and float in kinds and abs(value) < 2**63:
         value = float(value)
     if type(value) not in kinds or (choices and value not in choices):
-        wanted = " or ".join(repr(c) for c in choices) if choices else inspect.formatannotation(hint)
+        wanted = " or ".join(map(repr, choices)) or inspect.formatannotation(HINTS[name])
         raise SystemExit(f"{source}: {name} must be {wanted}, not {value!r:.60} ({type(value).__name__})")
     return value
 
 
 def load_config(argv: list[str]) -> Config:
-    """The Config of a command line: config files, --key=value. SystemExit with a sentence if anything is wrong."""
+    """The Config of a command line. SystemExit with a sentence if anything is wrong with it."""
     cfg = Config()
     for arg in sorted(argv, key=lambda arg: arg.startswith("-")):  # files first
         if arg in ("-h", "--help"):
-            raise SystemExit(
-                print(
-                    f"{__doc__}\nOptions, in a config file or as --key=value:\n\n{inspect.getsource(Config)}"
-                )
-            )
+            print(f"{__doc__}\nOptions, in a config file or as --key=value:\n\n{inspect.getsource(Config)}")
+            raise SystemExit
         key, equals, text = arg.lstrip("-").partition("=")
         pairs = {key.replace("-", "_"): text}
         if not arg.startswith("-"):
@@ -191,62 +173,29 @@ def load_config(argv: list[str]) -> Config:
 
 
 def check(cfg: Config) -> None:
-    """SystemExit with a sentence if options have values that can't work, alone or together."""
+    """SystemExit with a sentence for values that can't work. Network and data check theirs themselves."""
 
-    def ensure(fine: bool, name: str, why: str) -> None:
+    def need(fine: Any, name: str, what: str) -> None:
         if not fine:
-            raise SystemExit(f"{name}={getattr(cfg, name)!r:.60} can't work: it must be {why}")
+            raise SystemExit(f"{name}={getattr(cfg, name)!r:.60} can't work: it must be {what}")
 
-    def numbers(value: Any, kind: Any = (int, float)) -> bool:
-        return all(isinstance(v, kind) and math.isfinite(v) for v in value)
-
-    for name, lowest in LOWEST.items():
-        value = getattr(cfg, name)
-        ensure(value is None or lowest <= value < 2**63, name, f"at least {lowest}")
     for name, value in vars(cfg).items():
-        ensure(not isinstance(value, float) or math.isfinite(value), name, "finite")
-    for name in ("depths", "num_heads", "milestones"):
+        several, low = isinstance(value, tuple), int(name in FROM_1.split())
+        if several and not {"dataroot_gt", "dataroot_lq", "val_gt", "val_lq"} & {name}:
+            need(all(type(v) in (int, float) for v in value), name, "numbers, separated by commas")
+        numbers = [v for v in (value if several else [value]) if type(v) in (int, float)]
+        need(all(low <= v < 2**63 for v in numbers), name, f"finite and at least {low}")
+    for name in ("sigma", "quality", "betas"):
         value = getattr(cfg, name)
-        ensure(
-            numbers(value, int) and all(v > 0 for v in value),
-            name,
-            "a tuple of whole numbers, such as 6,6,6,6",
-        )
-    ensure(len(cfg.depths) == len(cfg.num_heads), "num_heads", f"as long as depths={cfg.depths}")
-    ensure(
-        all(cfg.embed_dim % h == 0 for h in cfg.num_heads),
-        "num_heads",
-        f"divisors of embed_dim={cfg.embed_dim}",
-    )
-    for name, low, high in (("sigma", 0, math.inf), ("quality", 1, 100)):
-        pair = v if isinstance(v := getattr(cfg, name), tuple) else (v, v)
-        fine = len(pair) == 2 and numbers(pair) and low <= pair[0] <= pair[1] <= high
-        ensure(fine, name, f"a number from {low} to {high}, or a range such as 10,40")
-    ensure(
-        len(cfg.betas) == 2 and numbers(cfg.betas) and all(0 <= b < 1 for b in cfg.betas),
-        "betas",
-        "two numbers below 1",
-    )
-    ensure(cfg.ema_decay < 1, "ema_decay", "below 1")
-    ensure(0 <= cfg.drop_path_rate < 1, "drop_path_rate", "from 0 to below 1")
-    ensure(cfg.img_range > 0, "img_range", "above 0")
-    ensure(
-        re.fullmatch(r"\w[\w.+= -]{,99}", cfg.name) is not None,
-        "name",
-        "a folder name of letters, digits and .+=-_",
-    )
-    ensure(cfg.gt_size % cfg.scale == 0, "gt_size", f"a multiple of scale={cfg.scale}")
-    ensure(
-        (cfg.upsampler == "") == (cfg.scale == 1),
-        "upsampler",
-        f"{'set' if cfg.scale > 1 else 'empty'} for scale={cfg.scale}",
-    )
-    made = not cfg.dataroot_lq and cfg.scale > 1
-    ensure(
-        not made or cfg.degradation == "bicubic",
-        "degradation",
-        f"bicubic for scale={cfg.scale}, or give dataroot_lq",
-    )
+        need(isinstance(value, float) or len(value) == 2, name, "two numbers, or (but betas) one")
+    for name in ("drop_path_rate", "ema_decay", "betas"):
+        need(np.all(np.array(getattr(cfg, name)) < 1), name, "below 1")
+    need(cfg.depths and all(type(v) is int for v in cfg.depths + cfg.num_heads), "depths", "whole numbers")
+    need(re.fullmatch(r"\w[\w.+= -]{,99}", cfg.name), "name", "a folder name of letters, digits and .+=-_")
+    need(cfg.gt_size % cfg.scale == 0, "gt_size", f"a multiple of scale={cfg.scale}")
+    need((cfg.upsampler == "") == (cfg.scale == 1), "upsampler", f"'' for scale 1 only, not for {cfg.scale}")
+    made = cfg.scale == 1 or cfg.degradation == "bicubic"
+    need(made or cfg.dataroot_lq, "degradation", f"bicubic for scale={cfg.scale}, or dataroot_lq be given")
 
 
 def options_of(function: Any, cfg: Config) -> dict[str, Any]:
@@ -254,11 +203,8 @@ def options_of(function: Any, cfg: Config) -> dict[str, Any]:
     return {k: v for k, v in vars(cfg).items() if k in inspect.signature(function).parameters}
 
 
-# ---- schedules ----
-
-
 def lr_at(it: int, cfg: Config) -> float:
-    """Learning rate of iteration `it`, counted from 1. A milestone m acts from iteration m + 1 on, as in BasicSR."""
+    """Learning rate of iteration `it`, from 1 on. A milestone m acts from iteration m + 1 on, as in BasicSR."""
     if it < cfg.warmup_iters:
         return cfg.lr * it / cfg.warmup_iters
     if cfg.scheduler == "cosine":
@@ -267,106 +213,63 @@ def lr_at(it: int, cfg: Config) -> float:
     return cfg.lr * cfg.gamma ** sum(it > m for m in cfg.milestones)
 
 
-def ema_decay_at(it: int, cfg: Config) -> float:
-    """Grows to its value: at once, 0.999 would keep a third of the initial weights after 1000 iterations."""
-    return min(cfg.ema_decay, (1 + it) / (10 + it))
+# ---- what main needs: hardware, data, files, validation ----
 
 
-# ---- hardware ----
-
-
-def choose_device(cfg: Config) -> torch.device:
-    kind = cfg.device
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+def hardware(cfg: Config, world: int) -> tuple[torch.device, str, int]:
+    """What `auto` and None stand for here: the device, the precision, the micro-batches per step and rank."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    kind = cfg.device if cfg.device != "auto" else "cuda" if cuda else "mps" if mps else "cpu"
+    if not {"cuda": cuda, "mps": mps, "cpu": True}[kind]:
+        raise SystemExit(f"device={kind}: PyTorch finds none here; --device=auto takes what there is")
+    private = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    bf16 = kind == "cpu" and any(getattr(torch.cpu, name, bool)() for name in private)
     if kind == "cuda":
-        if not torch.cuda.is_available():
-            raise SystemExit("device=cuda: PyTorch finds no CUDA GPU here; --device=auto takes what there is")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, cfg.tf32
         torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
-    return torch.device(kind, torch.cuda.current_device() if kind == "cuda" else None)
-
-
-def choose_amp(cfg: Config, device: torch.device) -> str:
-    if cfg.amp != "auto":
-        return cfg.amp
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "none"
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, hence the care
-    fast = device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)
-    return "bf16" if fast else "none"
-
-
-def choose_accumulate(cfg: Config, device: torch.device, world: int) -> int:
-    """Micro-batches per step. On a CPU, the fewest whose activations (13 C and the attention a block) fit in 4 GB."""
-    share, rest = divmod(cfg.batch_size, world * (cfg.accumulate or 1))
-    if rest:
-        ranks = f"{world} ranks x accumulate={cfg.accumulate or 1}"
+        bf16 = torch.cuda.get_device_capability() >= (8, 0)
+    share = max(cfg.batch_size // world, 1)
+    kept = 4 * 17 * cfg.embed_dim * sum(cfg.depths) * (cfg.gt_size / cfg.scale) ** 2  # bytes a sample, about
+    accumulate = cfg.accumulate or (share if kind == "cpu" and share * kept > 4e9 else 1)
+    if cfg.batch_size % (world * accumulate):
+        ranks = f"{world} ranks x {accumulate} micro-batches"
         raise SystemExit(f"batch_size={cfg.batch_size} can't be shared by {ranks}: make it a multiple")
-    if cfg.accumulate or device.type != "cpu":
-        return cfg.accumulate or 1
-    heads = zip(cfg.depths, cfg.num_heads, strict=True)
-    values = sum(depth * (13 * cfg.embed_dim + h * cfg.window_size**2) for depth, h in heads)
-    fitting = max(int(4e9 / (4 * values * (cfg.gt_size / cfg.scale) ** 2)), 1)
-    return next(a for a in range(1, share + 1) if share % a == 0 and share / a <= fitting or a == share)
+    device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+    return device, ("bf16" if bf16 else "none") if cfg.amp == "auto" else cfg.amp, accumulate
 
 
-# ---- signals and files ----
+def open_data(cfg: Config) -> tuple[PairedImageDataset, dict[str, ValidationImages]]:
+    """The training pairs, and the validation sets by name."""
+    gt, lq = (v if isinstance(v, tuple) else (v,) for v in (cfg.val_gt, cfg.val_lq))
+    if cfg.val_lq and len(lq) != len(gt):
+        raise SystemExit(f"val_lq={cfg.val_lq} must have one entry for each of val_gt={cfg.val_gt}")
+    val_sets = {}
+    for i, root in enumerate(gt if cfg.val_gt or not cfg.dataroot_lq else ()):
+        paths = {"val_gt": root, "val_lq": lq[i] if cfg.val_lq else None}
+        name = Path(root).resolve().stem if root else "synthetic"
+        val_sets[name] = ValidationImages(**options_of(ValidationImages, cfg) | paths)
+    return PairedImageDataset(**options_of(PairedImageDataset, cfg)), val_sets
 
 
-class Wishes:
-    """What signals and the clock ask for (0: go on, 1: save, 2: save and stop), agreed on by all ranks.
-
-    Ranks hear of a signal at different iterations but must save and stop after the same one. The votes of an
-    iteration are collected at the next, on the CPU, so that nobody waits for them.
-    """
-
-    def __init__(self, max_hours: float | None, group: Any) -> None:
-        self.wish, self.code, self.vote, self.group = 0, 0, None, group
-        self.end = time.monotonic() + 3600 * (math.inf if max_hours is None else max_hours)
-        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-            if hasattr(signal, name):  # Windows has no SIGUSR1
-                signal.signal(getattr(signal, name), self.hear)
-
-    def hear(self, number: int, frame: Any) -> None:
-        if number not in (signal.SIGTERM, signal.SIGINT):
-            self.wish = max(self.wish, 1)
-            return
-        if self.code:
-            os._exit(self.code)
-        self.wish, self.code = 2, 128 + number
-        os.write(2, b"\nfinishing this iteration to save it; the same signal again stops at once\n")
-
-    def agreed(self) -> int:
-        wish, self.wish = 2 if time.monotonic() > self.end else self.wish, 0
-        if self.group is None:
-            return wish
-        before, tensor = self.vote, torch.tensor(wish)
-        self.vote = tensor, dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group, async_op=True)
-        if before is None:
-            return 0
-        before[1].wait()
-        return int(before[0])
-
-
-def lock(folder: Path) -> Any:
-    """Holds the folder for as long as the returned file is open; the end of the process, however it comes, frees it."""
+def open_folder(cfg: Config) -> tuple[Path, Any]:
+    """experiments/<name>, and the open file that locks it until the process ends, however it ends."""
+    folder = Path("experiments") / cfg.name
+    for name in ("models", "training_states"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "w")
-    try:
-        if os.name == "nt":
-            import msvcrt
+    with contextlib.suppress(ImportError):  # Windows has no fcntl: no lock there
+        import fcntl
 
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
+        try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise SystemExit(
-            f"{folder} is in use by another run: wait for it, or give this one another --name"
-        ) from None
-    return file
+        except OSError:
+            raise SystemExit(f"{folder} is in use by another run: wait, or give this one a --name") from None
+    if cfg.resume == "never" and (folder / "config.json").exists():
+        archive = folder.rename(folder.with_name(f"{cfg.name}_archived_{time.strftime('%Y%m%d_%H%M%S')}"))
+        print(f"{folder} was moved to {archive}")
+        return open_folder(cfg)
+    return folder, file
 
 
 def write(path: Path, content: Any) -> None:
@@ -381,28 +284,24 @@ def write(path: Path, content: Any) -> None:
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         partial.unlink(missing_ok=True)
         why = f"{path} can't be written ({str(error).splitlines()[0]})"
-        raise SystemExit(
-            f"{why}: make room, then the same command continues from the checkpoint before"
-        ) from None
+        raise SystemExit(f"{why}: make room and run the same command again; nothing saved is lost") from None
 
 
 def last_checkpoint(folder: Path) -> tuple[dict, dict]:
-    """(state, weights) of the newest checkpoint that is whole, with a warning for each that isn't; or (start, {})."""
+    """(state, weights) of the newest checkpoint that is whole, with a warning for those that aren't."""
     for state in sorted(folder.glob("training_states/*.state"), key=lambda p: int(p.stem), reverse=True):
         files = []
         for path in (state, folder / "models" / f"net_g_{state.stem}.pth"):
             try:
-                with zipfile.ZipFile(path) as archive:  # torch.load doesn't compare checksums
-                    assert archive.testzip() is None
+                assert zipfile.ZipFile(path).testzip() is None  # torch.load doesn't compare checksums
                 files.append(torch.load(path, map_location="cpu", weights_only=True))
             except Exception:
                 print(
-                    f"warning: {path} is damaged or missing: using the checkpoint before it", file=sys.stderr
+                    f"warning: {path} is damaged or missing, the checkpoint before is used", file=sys.stderr
                 )
-                break
         if len(files) == 2:
             return files[0], files[1]
-    return {"iter": 0, "best": {}}, {}
+    return {"iter": 0, "best": {}, "config": vars(Config())}, {}
 
 
 class Log:
@@ -416,19 +315,13 @@ class Log:
                     lines += [line] if json.loads(line)["iter"] <= start else []  # the rest will come again
             write(folder / "log.jsonl", "".join(lines))
 
-    def line(self, text: str) -> None:
+    def __call__(self, text: str, **event: Any) -> None:
         if not self.mute:
             tqdm.write(text)
             with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-
-    def event(self, **fields: Any) -> None:
-        if not self.mute:
             with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(fields) + "\n")
-
-
-# ---- validation ----
+                file.write(json.dumps(event) + "\n" if event else "")
 
 
 def to_pixels(x: torch.Tensor, dtype: Any) -> np.ndarray:
@@ -437,26 +330,22 @@ def to_pixels(x: torch.Tensor, dtype: Any) -> np.ndarray:
     return (x.float().clamp(0, 1) * peak).round().permute(1, 2, 0).cpu().numpy().astype(dtype)
 
 
-def validate(
-    net: SwinIR, images: Any, cfg: Config, rank: int, world: int, group: Any, strips: Path | None
-) -> list:
-    """Mean PSNR and SSIM of the outputs, and mean PSNR of the inputs (nan where sizes differ), over whole images.
+def validate(net: SwinIR, images: Any, cfg: Config, ranks: tuple, strips: Path) -> list[float]:
+    """Means over whole images: PSNR and SSIM of the output, PSNR of the input (0 where sizes differ).
 
-    Each rank takes every world-th image; the means run over all in file order, so they don't depend on the ranks.
+    Each rank takes every world-th image; the means run over all in file order, however many ranks there are.
     """
+    rank, world, group = ranks
+    protocol = cfg.crop_border, cfg.test_y_channel
     scores = torch.zeros(len(images), 3, dtype=torch.float64)
     for i in range(rank, len(images), world):
         name, lq, gt = (images[i][k] for k in ("name", "lq", "gt"))
         out, lq = to_pixels(restore(net, lq[None])[0], gt.dtype), to_pixels(lq, gt.dtype)
-        scores[i, 0] = psnr(out, gt, cfg.crop_border, cfg.test_y_channel)
-        scores[i, 1] = ssim(out, gt, cfg.crop_border, cfg.test_y_channel)
-        same = lq.shape == gt.shape
-        scores[i, 2] = psnr(lq, gt, cfg.crop_border, cfg.test_y_channel) if same else math.nan
-        if strips:
-            bytes_ = [
-                (a if a.dtype == np.uint8 else a >> 8).astype(np.uint8).squeeze() for a in (lq, out, gt)
-            ]
-            strip = [np.asarray(Image.fromarray(a).resize(gt.shape[1::-1], Image.NEAREST)) for a in bytes_]
+        scores[i, 0], scores[i, 1] = psnr(out, gt, *protocol), ssim(out, gt, *protocol)
+        scores[i, 2] = psnr(lq, gt, *protocol) if lq.shape == gt.shape else 0
+        if cfg.save_img:
+            strip = [(a // (np.iinfo(a.dtype).max // 255)).astype(np.uint8).squeeze() for a in (lq, out, gt)]
+            strip = [Image.fromarray(a).resize(gt.shape[1::-1], Image.NEAREST) for a in strip]
             strips.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.hstack(strip)).save(strips / f"{name.replace('/', '_')}.png")
     if world > 1:
@@ -464,179 +353,133 @@ def validate(
     return scores.mean(0).tolist()
 
 
-# ---- the training ----
-
-
 def main(cfg: Config) -> None:
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = choose_device(cfg)
+    rank, world, group = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), None
+    device, amp, accumulate = hardware(cfg, world)
     cuda, cpu = device.type == "cuda", device.type == "cpu"
-    amp, accumulate = choose_amp(cfg, device), choose_accumulate(cfg, device, world)
-    group = None  # of the ranks' CPUs
+    dataset, val_sets = open_data(cfg)
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
-        group = dist.new_group(backend="gloo")
-
-    # Data. Opened first, for most mistakes are made here.
-    dataset = PairedImageDataset(**options_of(PairedImageDataset, cfg))
-    sigma = cfg.sigma[1] if isinstance(cfg.sigma, tuple) else cfg.sigma
-    quality = cfg.quality[0] if isinstance(cfg.quality, tuple) else cfg.quality
-    given = {
-        "sigma": sigma if cfg.val_sigma is None else cfg.val_sigma,
-        "quality": cfg.val_quality or quality,
-    }
-    roots, partners = ([*v] if isinstance(v, tuple) else [v] for v in (cfg.val_gt, cfg.val_lq))
-    if cfg.val_lq and len(partners) != len(roots):
-        raise SystemExit(f"val_lq={cfg.val_lq} must have one entry for each of val_gt={cfg.val_gt}")
-    val_sets = {}
-    for i, root in enumerate(roots if cfg.val_gt or not cfg.dataroot_lq else []):
-        made = (
-            options_of(ValidationImages, cfg)
-            | given
-            | {"val_gt": root, "val_lq": partners[i] if cfg.val_lq else None}
-        )
-        val_sets[Path(root).resolve().stem if root else "synthetic"] = ValidationImages(**made)
-
-    # Folder: start, or continue.
-    folder = Path("experiments") / cfg.name
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        held = lock(folder)
-        if cfg.resume == "never" and (folder / "config.json").exists():
-            folder.rename(
-                archive := folder.with_name(f"{cfg.name}_archived_{time.strftime('%Y%m%d_%H%M%S')}")
-            )
-            print(f"the run before is kept as {archive}")
-            folder.mkdir()
-            held = lock(folder)  # noqa: F841  (held until this function ends)
-        for name in ("models", "training_states"):
-            (folder / name).mkdir(exist_ok=True)
+        group = dist.new_group(backend="gloo")  # for what is on the CPU
+    folder, held = open_folder(cfg) if rank == 0 else (Path("experiments") / cfg.name, None)
     if world > 1:
         dist.barrier(group)
-    state, weights = last_checkpoint(folder)
-    start, best, saved = state["iter"], state["best"], state.get("config", vars(Config()))
-    changed = {k: (saved[k], v) for k, v in vars(cfg).items() if k in saved and saved[k] != v}
-    fixed = changed.keys() & {*options_of(SwinIR, cfg), "scale", "seed", "batch_size", "optimizer"} - {
-        "use_checkpoint"
-    }
-    if start and fixed:
-        was = ", ".join(f"{k}={saved[k]}" for k in sorted(fixed))
-        raise SystemExit(
-            f"{folder} was trained with {was}: keep that, or use another --name or --resume=never"
-        )
 
-    # Network, its average, optimizer.
+    # Start, or continue.
+    state, weights = last_checkpoint(folder)
+    start, best, before = state["iter"], state["best"], state["config"]
+    changed = {k: (before[k], v) for k, v in vars(cfg).items() if k in before and before[k] != v}
+    fixed = {*options_of(SwinIR, cfg), "scale", "seed", "batch_size", "optimizer"} - {"use_checkpoint"}
+    if start and (fixed := sorted(fixed & changed.keys())):
+        was = ", ".join(f"{k}={before[k]}" for k in fixed)
+        raise SystemExit(f"{folder} was begun with {was}: keep that, or use another --name or --resume=never")
+    log = Log(folder, rank, start)
+    log(f"{folder}: continuing after iteration {start:,}" if start else f"{folder}: starting")
+    told = [f"{k}: {a} -> {b}" if start else f"{k}={b}" for k, (a, b) in changed.items()]
+    log(f"options: {', '.join(told) or ('as before' if start else 'the defaults')}")
+    found = f"{len(dataset):,} images" if cfg.dataroot_gt else "synthetic images (no dataroot_gt given)"
+    log(f"data: {found}; validation: {', '.join(f'{k} ({len(v)})' for k, v in val_sets.items()) or 'none'}")
+    for notice in dataset.notices:
+        log(f"note: {notice}")
+
+    # The network, its average, the optimizer.
     torch.manual_seed(cfg.seed)
     net = SwinIR(img_size=cfg.gt_size // cfg.scale, upscale=cfg.scale, **options_of(SwinIR, cfg))
-    taken = (
-        load_weights(net, cfg.pretrain_network, cfg.param_key, cfg.strict_load)
-        if cfg.pretrain_network and not start
-        else ""
-    )
     if start:
         net.load_state_dict(weights["params"])
+    elif cfg.pretrain_network:
+        log(load_weights(net, cfg.pretrain_network, cfg.param_key, cfg.strict_load))
     net.to(device, memory_format=torch.channels_last if cuda else torch.preserve_format)
-    ema = copy.deepcopy(net).requires_grad_(False).eval() if cfg.ema_decay else net
+    ema = copy.deepcopy(net).requires_grad_(False) if cfg.ema_decay else net
     if start and cfg.ema_decay:
         ema.load_state_dict(weights["params_ema"])
     params, averages = list(net.parameters()), list(ema.parameters())
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[cfg.optimizer]
-    optimizer = kind(params, cfg.lr, cfg.betas, weight_decay=cfg.weight_decay, fused=True)
+    adam = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[cfg.optimizer]
+    optimizer = adam(params, cfg.lr, cfg.betas, weight_decay=cfg.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-    sums = torch.zeros(
-        4, device=device
-    )  # since the last log line: loss, gradient norm, bad steps; bad ones in a row
+    sums = torch.zeros(4, device=device)  # of loss, gradient norm, bad steps since the last log; bad in a row
     if start:
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         sums += state["sums"][rank % len(state["sums"])].to(device)
     if cfg.compile == "on" or (cfg.compile == "auto" and cuda and sys.platform == "linux"):
-        for layer in net.layers:  # in place: no wrapper, no prefix in the state dict; alike, so compiled once
+        for layer in net.layers:  # in place: no prefix in the state dict; alike: one compilation serves all
             layer.compile()
     model = DistributedDataParallel(net, [device.index] if cuda else None) if world > 1 else net
-
-    log = Log(folder, rank, start)
-    log.line(f"{folder}: " + (f"continuing after iteration {start:,}" if start else "starting"))
-    told = [f"{k}: {a} -> {b}" if start else f"{k}={b}" for k, (a, b) in changed.items()]
-    log.line("options: " + (", ".join(told) or ("as before" if start else "the defaults")))
-    source = f"{len(dataset):,} images" if cfg.dataroot_gt else "synthetic images (no dataroot_gt given)"
-    log.line(
-        f"data: {source}; validation: "
-        + (", ".join(f"{k} ({len(v)})" for k, v in val_sets.items()) or "none")
-    )
-    log.line(f"network: {sum(map(torch.Tensor.numel, params)):,} parameters; {device.type}, "
-             f"{amp if amp != 'none' else 'float32'}, {world} rank(s) x {accumulate} micro-batch(es)")  # fmt: skip
-    for note in (*dataset.notices, *([taken] if taken else [])):
-        log.line(f"note: {note}")
+    size, precision = sum(p.numel() for p in params), "float32" if amp == "none" else amp
+    log(f"network: {size:,} parameters; {device}, {precision}, {world} rank(s), {accumulate} micro-batch(es)")
+    about = {"torch": torch.__version__, "command": " ".join(sys.argv)}
     if rank == 0:
-        about = {"torch": torch.__version__, "command": " ".join(sys.argv)}
         write(folder / "config.json", json.dumps(vars(cfg) | {"about": about}, indent=1))
 
-    def checkpoint(it: int) -> dict[str, Any]:
-        return {"params": portable(net.state_dict()), "params_ema": portable(ema.state_dict()),
-                "arguments": net.arguments, "iter": it}  # fmt: skip
-
     def validate_all(it: int) -> None:
-        means = []
+        colour, mean = "Y" if cfg.test_y_channel else "RGB" if cfg.in_chans == 3 else "gray", 0
         for name, images in val_sets.items():
-            strips = folder / "visualization" / name / f"{it}" if cfg.save_img else None
-            score, similarity, before = validate(ema.eval(), images, cfg, rank, world, group, strips)
-            best[name] = max(best.get(name, [-math.inf, it]), [score, it], key=lambda b: b[0])
-            means.append(score)
-            log.event(event="val", iter=it, dataset=name, psnr=score, ssim=similarity, best_psnr=best[name][0],
-                      best_iter=best[name][1], input_psnr=None if math.isnan(before) else before)  # fmt: skip
-            protocol = f"{'Y' if cfg.test_y_channel else 'RGB' if cfg.in_chans == 3 else 'gray'}, border {cfg.crop_border}"
-            log.line(f"validation {name}: {score:.2f} dB, SSIM {similarity:.4f}"
-                     + ("" if math.isnan(before) else f" (input {before:.2f} dB)")
-                     + f"; best {best[name][0]:.2f} dB at {best[name][1]:,}; {protocol}")  # fmt: skip
+            strips = folder / "visualization" / name / str(it)
+            value, similar, noisy = validate(ema.eval(), images, cfg, (rank, world, group), strips)
+            mean += value / len(val_sets)
+            top, when = best[name] = max(best.get(name, [value, it]), [value, it], key=lambda b: b[0])
+            text = f"{name}: {value:.2f} dB, SSIM {similar:.4f}" + f" (input {noisy:.2f} dB)" * (noisy > 0)
+            text += f", best {top:.2f} dB at {when:,}; {colour}, border {cfg.crop_border}"
+            entry = {"psnr": value, "ssim": similar, "best_psnr": top, "best_iter": when, "input_psnr": noisy}
+            log(f"validation {text}", event="val", iter=it, dataset=name, **entry)
         net.train()
-        if sum(means) / len(means) > best.get("", [-math.inf])[0]:  # "": of all sets together
-            best[""] = [sum(means) / len(means), it]
-            if rank == 0 and not cfg.eval_only:
-                write(folder / "models" / "net_g_best.pth", checkpoint(it))
+        if mean > best.get("", [0])[0]:  # "": over all sets
+            best[""] = [mean, it]
+            save_network("best", it)
+
+    def save_network(name: Any, it: int) -> None:
+        if rank == 0 and not cfg.eval_only:
+            both = {"params": portable(net.state_dict()), "params_ema": portable(ema.state_dict())}
+            write(folder / "models" / f"net_g_{name}.pth", both | {"arguments": net.arguments, "iter": it})
 
     def save(it: int) -> None:
         table = torch.zeros(world, len(sums))
         table[rank] = sums.cpu()
         if world > 1:
             dist.all_reduce(table, group=group)
+        save_network(it, it)
         if rank == 0:
-            write(folder / "models" / f"net_g_{it}.pth", checkpoint(it))
             content = {"iter": it, "best": best, "sums": table, "config": vars(cfg)}
             content |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
             write(folder / "training_states" / f"{it}.state", content)
             states = sorted(folder.glob("training_states/*.state"), key=lambda p: int(p.stem))
-            for old in states[: -cfg.keep_last] if cfg.keep_last else []:  # once the latest is whole
+            for old in states[: -cfg.keep_last] if cfg.keep_last else []:  # the latest is whole by now
                 old.unlink()
                 (folder / "models" / f"net_g_{old.stem}.pth").unlink(missing_ok=True)
 
     if cfg.eval_only:
         return validate_all(start)
     if start >= cfg.total_iters:
-        return log.line(
-            f"finished: {start:,} iterations are done; --total_iters={2 * start} goes on, --resume=never starts afresh"
-        )
+        return log(f"finished after {start:,} iterations: raise --total_iters to go on, or --resume=never")
 
-    workers = min(8, (os.cpu_count() or 1) // world) if cuda else 1
-    loader = train_loader(
-        dataset, SampleNumbers(cfg.batch_size, rank, world, start, accumulate),
-        workers if cfg.num_workers is None else cfg.num_workers, pin=cuda,
-    )  # fmt: skip
-    autocast = torch.autocast(device.type, torch.float16 if amp == "fp16" else torch.bfloat16, amp != "none")
-    criterion, wishes, wish = LOSSES[cfg.loss], Wishes(cfg.max_hours, group), 0
-    layout = "{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-    bar = tqdm(
-        total=cfg.total_iters,
-        initial=start,
-        disable=None if rank == 0 else True,
-        unit="it",
-        bar_format=layout,
+    asked, end = (
+        {"save": False, "stop": 0},
+        time.perf_counter() + 3600 * (math.inf if cfg.max_hours is None else cfg.max_hours),
     )
-    with bar, Prefetcher(loader, device) as batches:
+
+    def hear(number: int, frame: Any) -> None:
+        if asked["stop"]:  # the second time
+            os._exit(asked["stop"])
+        asked.update(save=True, stop=128 + number if number in (signal.SIGINT, signal.SIGTERM) else 0)
+        os.write(2, b"\nsaving after this iteration; a second Ctrl-C would stop at once\n")
+
+    for name in {"SIGINT", "SIGTERM", "SIGUSR1"} & set(dir(signal)):
+        signal.signal(getattr(signal, name), hear)
+    workers = (
+        cfg.num_workers if cfg.num_workers is not None else min(8, os.cpu_count() // world) if cuda else 1
+    )
+    numbers = SampleNumbers(cfg.batch_size, rank, world, start, accumulate)
+    autocast = torch.autocast(device.type, torch.float16 if amp == "fp16" else torch.bfloat16, amp != "none")
+    layout = "{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+    bar = {"total": cfg.total_iters, "initial": start, "disable": None if rank == 0 else True, "unit": "it"}
+    with (
+        tqdm(**bar, bar_format=layout) as bar,
+        Prefetcher(train_loader(dataset, numbers, workers, pin=cuda), device) as batches,
+    ):
         since, waited, steps = time.perf_counter(), 0.0, 0
         net.train()
         for it in range(start + 1, cfg.total_iters + 1):
-            # The step.
             torch.manual_seed(
                 (cfg.seed * 1_000_003 + it) * 4099 + rank
             )  # DropPath: drawn from (seed, it, rank)
@@ -645,13 +488,11 @@ def main(cfg: Config) -> None:
             for micro in range(accumulate):
                 lq, gt = next(batches)
                 waited += batches.wait
-                reduced = (
-                    contextlib.nullcontext() if world == 1 or micro == accumulate - 1 else model.no_sync()
-                )
-                with reduced:
+                more = world > 1 and micro < accumulate - 1  # the last one sums the gradients over the ranks
+                with model.no_sync() if more else contextlib.nullcontext():
                     with autocast:
-                        loss = criterion(model(lq), gt) / accumulate
-                    # A loss that isn't finite spoils the gradients, and so the sum of them on all ranks.
+                        loss = LOSSES[cfg.loss](model(lq), gt) / accumulate
+                    # A loss that isn't finite spoils the gradients, and by their sum those of all ranks.
                     scaler.scale(loss * (1 + 0 * loss.detach())).backward()
                 total += loss.detach()
                 bar.update(1 / accumulate)
@@ -659,65 +500,58 @@ def main(cfg: Config) -> None:
             norm = torch.nn.utils.get_total_norm([p.grad for p in params])
             if cfg.grad_clip:
                 torch.nn.utils.clip_grads_with_norm_(params, cfg.grad_clip, norm)
-            optimizer.found_inf = bad = (
-                ~norm.isfinite()
-            ).float()  # where 1, the fused step leaves all as it is
+            optimizer.found_inf = bad = (~norm.isfinite()).float()  # where 1, the fused step changes nothing
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            if cfg.ema_decay:
-                torch._foreach_lerp_(averages, params, 1 - ema_decay_at(it, cfg))
-
-            # What was seen.
-            good = bad == 0
-            sums += torch.stack([total.where(good, 0), norm.where(good, 0), bad, bad])
+            if cfg.ema_decay:  # it grows to its value: in short runs 0.999 would keep the initial weights
+                torch._foreach_lerp_(averages, params, 1 - min(cfg.ema_decay, (1 + it) / (10 + it)))
+            sums += torch.stack([total.where(bad == 0, 0), norm.where(bad == 0, 0), bad, bad])
             sums[3] *= bad
             steps += 1
-            if it == start + 1 or cpu or it % cfg.print_freq == 0:  # reading the loss waits for a GPU
+
+            # The rest looks, tells and saves. Only reading values waits for the GPU.
+            spent, last = time.perf_counter() - since, it == cfg.total_iters
+            if cpu or it == start + 1 or it % cfg.print_freq == 0:
                 bar.set_postfix_str(f"loss {total.item():.2e}, lr {lr:.1e}")
-            if (
-                it == start + 1
-                and cpu
-                and (took := time.perf_counter() - since) * cfg.total_iters > 2 * 86400
-            ):
-                days = took * (cfg.total_iters - start) / 86400
-                log.line(f"An iteration takes {took:.0f} s on this CPU, all of them {days:,.0f} days; "
-                         "configs/tiny.py trains a small denoiser in minutes.")  # fmt: skip
-            if it % cfg.print_freq == 0 or it == cfg.total_iters:
-                mean = sums.clone()
+            if cpu and it == start + 1 and (days := spent * (cfg.total_iters - start) / 86400) > 2:
+                slow = f"an iteration takes {spent:.0f} s on this CPU, all of them {days:,.0f} days"
+                log(f"note: {slow}; configs/tiny.py trains a small denoiser in minutes")
+            if it % cfg.print_freq == 0 or last:
+                mean = sums / world
                 if world > 1:
-                    dist.all_reduce(mean, dist.ReduceOp.AVG if cuda else dist.ReduceOp.SUM)
-                    mean /= 1 if cuda else world
-                mean, spent = mean.tolist(), time.perf_counter() - since
-                done = max((it - 1) % cfg.print_freq + 1 - mean[2], 1)
-                speed, share = cfg.batch_size * steps / spent, waited / spent
-                log.event(event="train", iter=it, loss=mean[0] / done, lr=lr, grad_norm=mean[1] / done,
-                          time=spent / steps, data_time=waited / steps, img_per_s=speed, skipped=int(mean[2]),
-                          max_mem_gb=torch.cuda.max_memory_allocated() / 1e9 if cuda else None)  # fmt: skip
-                log.line(f"iter {it:,}/{cfg.total_iters:,}: loss {mean[0] / done:.4e}, lr {lr:.2e}, "
-                         f"{speed:.1f} img/s, waiting for data {share:.0%}"
-                         + (f", {mean[2]:.0f} steps skipped" if mean[2] else ""))  # fmt: skip
-                if mean[3] >= cfg.max_bad_steps:
-                    raise SystemExit(f"stopped: the last {mean[3]:.0f} steps had no finite loss and gradient, and were "
-                                     "skipped: try a lower --lr, --grad_clip=1 or --amp=none")  # fmt: skip
-                if share > 0.2 and steps > 20:
-                    log.line(
-                        "note: training waits for data; more --num_workers or python data.py pack may help"
-                    )
+                    dist.all_reduce(mean)
+                loss, norm, skipped, row = mean.tolist()
+                good, speed = max((it - 1) % cfg.print_freq + 1 - skipped, 1), cfg.batch_size * steps / spent
+                entry = {"loss": loss / good, "lr": lr, "grad_norm": norm / good, "skipped": skipped}
+                entry |= {"time": spent / steps, "data_time": waited / steps, "img_per_s": speed}
+                entry |= {"max_mem_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else None}
+                text = f"iter {it:,}/{cfg.total_iters:,}: loss {loss / good:.4e}, lr {lr:.2e}, {speed:.1f} img/s, "
+                text += f"{waited / spent:.0%} of it waiting for data" + f", {skipped:.0f} skipped" * (
+                    skipped > 0
+                )
+                log(text, event="train", iter=it, **entry)
+                if row >= 50:
+                    why = f"no finite loss and gradient in the last {row:.0f} steps, which were skipped"
+                    raise SystemExit(f"stopped: {why}; try a lower --lr, --grad_clip=1 or --amp=none")
                 sums[:3] = 0
                 since, waited, steps = time.perf_counter(), 0.0, 0
-            wish, paused = wishes.agreed(), time.perf_counter()
-            if wish < 2 and val_sets and cfg.val_freq and (it % cfg.val_freq == 0 or it == cfg.total_iters):
+            paused = time.perf_counter()
+            wish = torch.tensor([asked["save"], asked["stop"] > 0 or paused > end], dtype=torch.int32)
+            asked["save"] = False
+            if world > 1:  # ranks hear of a signal at different times, but stop after the same iteration
+                dist.all_reduce(wish, dist.ReduceOp.MAX, group)
+            if val_sets and cfg.val_freq and (it % cfg.val_freq == 0 or last) and not wish[1]:
                 validate_all(it)
-            if wish or it % cfg.save_checkpoint_freq == 0 or it == cfg.total_iters:
+            if wish.any() or it % cfg.save_checkpoint_freq == 0 or last:
                 save(it)
             since += time.perf_counter() - paused
-            if wish == 2:
-                log.line(f"stopped and saved after iteration {it:,}: the same command continues")
+            if wish[1]:
+                log(f"stopped after iteration {it:,}, which is saved: the same command continues")
                 break
     if world > 1:
         dist.destroy_process_group()
-    sys.exit(wishes.code if wish == 2 else 0)
+    sys.exit(asked["stop"])
 
 
 if __name__ == "__main__":
