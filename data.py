@@ -4,8 +4,8 @@
     python data.py check configs/denoise.py               # or: check GT [LQ] --scale=2 --filename_tmpl={}x2
     python data.py preview configs/denoise.py sheet.png   # training pairs, as the network will see them
 
-Images are numpy arrays (H, W, C), RGB or gray, uint8 or uint16; source[i] is one, of a folder, a packed file or a
-generator. All that is random about training sample n is a pure function of (seed, n).
+Images are numpy arrays (H, W, C), RGB or gray, uint8 or uint16; source[i] is one, of a folder, a packed file
+or a generator. All that is random about training sample n is a pure function of (seed, n).
 """
 
 import io
@@ -45,12 +45,12 @@ def list_images(root: str | Path) -> list[Path]:
         visible = [] if again else [Path(folder, name) for name in files if name[0] != "."]
         paths += [path for path in visible if path.suffix.lower() in IMAGE_SUFFIXES]
     if not paths:
-        raise ValueError(f"{root} is no folder with images ({' '.join(IMAGE_SUFFIXES)}) and no packed file")
+        raise ValueError(f"{root} is neither a folder with images nor a packed file")
     return sorted(paths)
 
 
 def open_image(path: str | Path) -> tuple[Image.Image, str, int]:
-    """The image, not decoded yet; Pillow's name of its raw pixels, such as 'RGB;16B'; its EXIF orientation."""
+    """The image, not decoded; Pillow's name of its raw pixels, such as 'RGB;16B'; its EXIF orientation."""
     im = Image.open(path, formats=("BMP", "JPEG", "PNG", "TIFF", "WEBP"))  # others may lose 16 bits in Pillow
     layout = im.tile[0][3] if im.tile else ""  # a tile: codec, extents, offset, layout or (layout, ...)
     layout = layout if isinstance(layout, str) else layout[0]
@@ -65,9 +65,8 @@ def decode(path: str | Path) -> np.ndarray:
     im, layout, turn = open_image(path)
     if im.mode[0] == "I":
         img = np.asarray(im).astype(np.uint16)
-    elif (
-        ";16" in layout
-    ):  # Pillow keeps the high byte of 16-bit colour; told the other byte order, the low byte
+    elif ";16" in layout:
+        # Pillow keeps the high byte of 16-bit colour; told the other byte order, it keeps the low byte.
         little = layout[-1] == "L" or (layout[-1] == "N" and sys.byteorder == "little")
         swapped, low = layout[:-1] + ("B" if little else "L"), open_image(path)[0]
         swap = [swapped if isinstance(tile.args, str) else (swapped, *tile.args[1:]) for tile in low.tile]
@@ -79,9 +78,8 @@ def decode(path: str | Path) -> np.ndarray:
         img = np.asarray(im if im.mode == mode else im.convert(mode))
     img = img[..., :3] if img.ndim == 3 else img[..., None]
     img = img.swapaxes(0, 1) if turn > 4 else img
-    return np.ascontiguousarray(
-        img[:: -1 if turn in (3, 4, 7, 8) else 1, :: -1 if turn in (2, 3, 6, 7) else 1]
-    )
+    flip_h, flip_w = (-1 if turn in turns else 1 for turns in ((3, 4, 7, 8), (2, 3, 6, 7)))
+    return np.ascontiguousarray(img[::flip_h, ::flip_w])
 
 
 def read_image(path: str | Path, in_chans: int | None = None) -> np.ndarray:
@@ -97,10 +95,8 @@ def read_header(path: Path, whole: bool = False) -> tuple[tuple[int, int, int], 
     try:
         im, layout, turn = open_image(path)
         with im:
-            wide, alpha = (
-                im.mode[0] == "I" or ";16" in layout,
-                "A" in im.getbands() or "transparency" in im.info,
-            )
+            wide = im.mode[0] == "I" or ";16" in layout
+            alpha = "A" in im.getbands() or "transparency" in im.info
             shape = (*(im.size if turn > 4 else im.size[::-1]), 1 if im.mode[0] in "1LI" else 3)
         return (shape, 1 + wide, alpha) if not whole or decode(path) is not None else ""
     except Exception as error:
@@ -142,7 +138,7 @@ def imresize(img: np.ndarray, scale: float) -> np.ndarray:
         rows, out = np.moveaxis(img, axis, 0), 0.0
         for tap, weight in zip(
             taps.T, weights.T, strict=True
-        ):  # one by one: the order decides how ties round
+        ):  # one by one: their order decides how ties round
             out = out + weight[:, None, None] * rows[tap] if weight.any() else out
         if img.dtype.kind == "u":
             out = np.clip(np.floor(out + 0.5), 0, np.iinfo(img.dtype).max)
@@ -173,9 +169,9 @@ def downscale(gt: np.ndarray, rng, options) -> np.ndarray:
     return imresize(gt, 1 / options.scale)
 
 
-# name: (pure function (gt, rng, options) -> lq, margin). gt is (H, W, C) uint8 or uint16, lq (H / scale, W / scale,
-# C) likewise or float32 in [0, 1]. A crop is degraded with `margin` LQ pixels around it, from a multiple of it on,
-# and so equals the crop of the degraded image: 16 is a block of 4:2:0 JPEG, 4 the reach of the bicubic kernel.
+# name: (pure function (gt, rng, options) -> lq, margin). gt: (H, W, C) uint8 or uint16; lq: (H, W) / scale,
+# likewise or float32 in [0, 1]. A crop is degraded with `margin` LQ pixels around it, from a multiple of it,
+# and so equals the crop of the degraded image: 16 is a block of 4:2:0 JPEG, 4 the reach of the cubic kernel.
 DEGRADATIONS = {
     "noise": (add_noise, 0),
     "jpeg": (compress, 16),
@@ -185,19 +181,14 @@ DEGRADATIONS = {
 
 # ---- sources ----
 class ImageFolder:
-    """The image files below `root`. Decoded images stay in memory while `cache_gb`, shared by the workers, lasts.
+    """The image files below `root`. Decoded ones stay in memory while `cache_gb`, divided by workers, lasts.
 
     At first headers alone are read, or `whole` files; `problems` has a sentence for each that can't be.
     """
 
     def __init__(self, root: str | Path, cache_gb: float = 2.0, whole: bool = False):
-        self.root, self.cache_gb, self.cache, self.free, paths = (
-            Path(root),
-            cache_gb,
-            {},
-            None,
-            list_images(root),
-        )
+        self.root, self.cache_gb, self.cache, self.free = Path(root), cache_gb, {}, None
+        paths = list_images(root)
         with ThreadPoolExecutor(16) as pool:  # many at a time, for to open a file is mostly to wait for it
             headers = pool.map(read_header, paths, itertools.repeat(whole))
             headers = list(tqdm(headers, str(root), len(paths), leave=False, disable=not whole))
@@ -205,9 +196,7 @@ class ImageFolder:
         self.names = [paths[k].relative_to(root).as_posix() for k in good]
         self.shapes, self.depths, alphas = ([headers[k][field] for k in good] for field in range(3))
         self.problems = [header for header in headers if isinstance(header, str)]
-        self.notices = (
-            [f"{root}: the alpha channel of {sum(alphas)} images is dropped"] if any(alphas) else []
-        )
+        self.notices = [f"{root}: alpha is dropped from {sum(alphas)} images"] if any(alphas) else []
 
     def __getitem__(self, i: int) -> np.ndarray:
         if i in self.cache:
@@ -221,9 +210,9 @@ class ImageFolder:
 
 
 class PackedImages:
-    """A file made by pack(): one .npy array of uint8, in it all pixels, then the index, its length, and MAGIC.
+    """A file made by pack(): a flat .npy of uint8: the pixels of all images, an index, its length, and MAGIC.
 
-    An image is a view of the file, so that a crop reads its own rows only. ValueError if the file is not whole.
+    An image is a view of the file: a crop reads its own rows only. ValueError if the file is not whole.
     """
 
     MAGIC, problems, notices = b"nanoSwIR", (), ()
@@ -232,19 +221,19 @@ class PackedImages:
         self.path = path
         try:
             self.data = np.load(path, mmap_mode="r").view(np.ndarray)  # slices of np.memmap take longer
-            end, magic = self.data[-16:].tobytes()[:8], self.data[-8:].tobytes()
-            index = (
-                self.data[-16 - int.from_bytes(end, "little") : -16].tobytes() if magic == self.MAGIC else ""
-            )
-            self.names, self.shapes, self.depths, self.starts = json.loads(index)
+            if self.data[-8:].tobytes() != self.MAGIC:
+                raise ValueError
+            length = int.from_bytes(self.data[-16:-8].tobytes(), "little")
+            index = json.loads(self.data[-16 - length : -16].tobytes())
+            self.names, self.shapes, self.depths, self.starts = index
         except (OSError, ValueError, EOFError):
             raise ValueError(f"{path} is not a whole packed file: make it by python data.py pack") from None
 
-    def __reduce__(self) -> tuple:  # a spawned worker maps the file anew; pickled, all of it would be copied
+    def __reduce__(self) -> tuple:  # a spawned worker maps the file anew, where pickle would copy it
         return PackedImages, (self.path,)
 
     def __getitem__(self, i: int) -> np.ndarray:
-        return np.ndarray(self.shapes[i], "u1" if self.depths[i] == 1 else "<u2", self.data, self.starts[i])
+        return np.ndarray(self.shapes[i], f"<u{self.depths[i]}", self.data, self.starts[i])
 
 
 def pack(source: str | Path, target: str | Path) -> None:
@@ -256,30 +245,20 @@ def pack(source: str | Path, target: str | Path) -> None:
     *starts, pixels = itertools.accumulate(sizes, initial=0)
     index = json.dumps([folder.names, folder.shapes, folder.depths, starts]).encode()
     total, free = pixels + len(index) + 16, shutil.disk_usage(target.absolute().parent).free
-    print(
-        f"{target}: {len(sizes)} images, {total / 1e9:.2f} of {free / 1e9:.2f} GB free",
-        *folder.notices,
-        sep="\n",
-    )
+    print(f"{target}: {len(sizes)} images, {total / 1e9:.2f} of {free / 1e9:.2f} GB free", *folder.notices)
     if total > 0.98 * free:
         raise ValueError(f"{target} would fill the disk: make room, or pack to another one")
     partial = target.with_name(target.name + ".partial")
-    with (
-        partial.open("wb") as file,
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-        tqdm(total=len(sizes)) as bar,
-    ):
-        np.lib.format.write_array_header_1_0(
-            file, {"descr": "|u1", "fortran_order": False, "shape": (total,)}
-        )
-        for start in range(0, len(sizes), 32):  # that many in memory
-            for i, img in enumerate(
-                pool.map(folder.__getitem__, range(start, min(start + 32, len(sizes)))), start
-            ):
-                if img.nbytes != sizes[i]:
-                    raise ValueError(f"{folder.root / folder.names[i]} has changed meanwhile: pack again")
-                file.write(img.astype(img.dtype.newbyteorder("<")).tobytes())
-                bar.update()
+    paths = [folder.root / name for name in folder.names]
+    with partial.open("wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (total,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for start in tqdm(range(0, len(paths), 16), "16 images each"):  # that many in memory
+            images = pool.map(read_image, paths[start : start + 16])
+            for path, size, img in zip(paths[start:], sizes[start:], images, strict=False):
+                if img.nbytes != size:
+                    raise ValueError(f"{path} has changed meanwhile: pack again")
+                file.write(img.astype(f"<u{img.itemsize}").tobytes())
         file.write(index + len(index).to_bytes(8, "little") + PackedImages.MAGIC)
         file.flush()
         os.fsync(file.fileno())
@@ -289,11 +268,11 @@ def pack(source: str | Path, target: str | Path) -> None:
 class SyntheticImages:
     """Dead leaves: images[number] is (size, size, in_chans) uint8, a pure function of (seed, number).
 
-    Occluding shapes of power-law size, textures, shading, natural colours: enough to train real denoisers (Achddou
-    et al., "Synthetic images as a regularity prior"; VibrantLeaves, arXiv 2504.10201). The last KEPT stay in memory.
+    Occluding shapes of power-law size, textures, shading, natural colours: enough to train real denoisers
+    (Achddou et al., "Synthetic images as a regularity prior"; VibrantLeaves, arXiv 2504.10201).
     """
 
-    KEPT = 256  # 50 MB in each worker
+    KEPT = 256  # images in memory, 50 MB in each worker
 
     def __init__(self, seed: int = 0, size: int = 256, in_chans: int = 3):
         self.seed, self.size, self.in_chans, self.cache = seed, size, in_chans, {}
@@ -308,36 +287,26 @@ class SyntheticImages:
 
 
 def dead_leaves(rng: np.random.Generator, size: int, count: int = 300) -> np.ndarray:
-    """(size, size, 3) uint8: a ground and `count` leaves, painted from back to front, each where it covers."""
+    """(size, size, 3) uint8: a ground and `count` leaves, painted from back to front."""
     y, x = np.mgrid[:size, :size].astype(np.float32)
-    # Noise with an amplitude spectrum of 1 / frequency^p, from grain (p = 0.5) to clouds (2); mean 0, deviation 1.
+    # Noise with the amplitude spectrum 1 / frequency^p, from grain (p = 0.5) to clouds (2); deviation 1.
     f = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size))
     f[0, 0] = np.inf
-    noise = np.fft.rfft2(rng.standard_normal((3, size, size), np.float32)) / f ** rng.uniform(
-        0.5, 2, (3, 1, 1)
-    )
-    noise = np.fft.irfft2(noise, (size, size)).astype(np.float32)
+    noise = np.fft.rfft2(rng.standard_normal((3, size, size), np.float32))
+    noise = np.fft.irfft2(noise / f ** rng.uniform(0.5, 2, (3, 1, 1)), (size, size)).astype(np.float32)
     noise /= noise.std(axis=(1, 2), keepdims=True)
     # Colours differ in luminance, and far less along two opponent axes, from the tint of the image.
-    mean, spread, vivid, tint = (
-        rng.uniform(0.25, 0.6),
-        rng.uniform(0.1, 0.3),
-        rng.gamma(2, 0.5),
-        rng.laplace(0, (0.05, 0.02)),
-    )
+    mean, spread, smallest, soft = rng.uniform((0.25, 0.1, 0, 0.6), (0.6, 0.3, math.log(6), 1.4))
+    tint, vivid = rng.laplace(0, (0.05, 0.02)), rng.gamma(2, 0.5)
     chroma = tint + vivid * rng.laplace(0, (0.12, 0.05), (count + 1, 2))
     colours = np.insert(chroma, 0, 1, axis=1) @ [[1, 1, 1], [1, 0, -1], [0.5, -1, 0.5]]
     colours = (colours * rng.normal(mean, spread, (count + 1, 1)).clip(0.02, 1)).astype(np.float32)
-    smallest, soft = (
-        math.exp(rng.uniform(0, math.log(6))),
-        rng.uniform(0.6, 1.4),
-    )  # soft: the width of an edge
-    radii = (smallest**-2 - rng.random(count + 1) * (smallest**-2 - size**-2)) ** -0.5  # density ~ r^-3
+    r0 = math.exp(-2 * smallest)
+    radii = (r0 - rng.random(count + 1) * (r0 - size**-2)) ** -0.5  # density ~ r^-3
     radii[:16] = [2 * size, *rng.uniform(size / 16, size / 3, 15)]  # the ground, and what covers most of it
     img = np.zeros((size, size, 3), np.float32)
-    for r, colour, (cy, cx, turn, kind, *u) in zip(
-        radii.tolist(), colours, rng.random((count + 1, 12)).tolist(), strict=True
-    ):
+    leaves = zip(radii.tolist(), colours, rng.random((count + 1, 12)).tolist(), strict=True)
+    for r, colour, (cy, cx, turn, kind, *u) in leaves:
         cy, cx, cos, sin = cy * size, cx * size, math.cos(2 * math.pi * turn), math.sin(2 * math.pi * turn)
         box = slice(max(int(cy - r - 2), 0), int(cy + r + 3)), slice(max(int(cx - r - 2), 0), int(cx + r + 3))
         h, w = y[box] - cy, x[box] - cx
@@ -347,11 +316,8 @@ def dead_leaves(rng: np.random.Generator, size: int, count: int = 300) -> np.nda
             out = (np.hypot(a, b / (0.3 + 0.7 * u[0])) - r) * (0.3 + 0.7 * u[0])
         elif kind < 0.75:  # a polygon with round corners
             for side in rng.uniform(0, 2 * math.pi, 3 + int(4 * u[0])).tolist():
-                np.maximum(
-                    out,
-                    math.cos(side) * a + math.sin(side) * b - r * (0.3 + 0.5 * math.cos(side) ** 2),
-                    out=out,
-                )
+                far = math.cos(side) * a + math.sin(side) * b - r * (0.3 + 0.5 * math.cos(side) ** 2)
+                np.maximum(out, far, out=out)
         else:  # a bent stroke: a hair, a twig
             bend = (u[0] - 0.5) * (a * a / r - r / 3)
             np.maximum(out, np.abs(b - bend) - max(0.4, -0.08 * r * math.log(1 - u[1])), out=out)
@@ -383,7 +349,7 @@ def sample_rng(seed: int, number: int, stream: int = 0, reuse=None) -> np.random
 def open_pairs(gt_roots, lq_roots=(), scale=1, filename_tmpl="{}", meta_info_file=None, **folder_options):
     """Opens all roots, folders or packed files, and pairs their images by name, from the headers alone.
 
-    Returns, for each root, a list of pairs (gt source, index, lq source or None, index); all problems; all notices.
+    Returns, for each root, its pairs (gt source, index, lq source or None, index); all problems; all notices.
     """
     if "{}" not in filename_tmpl or (lq_roots and len(lq_roots) != len(gt_roots)):
         raise ValueError("give one dataroot_lq for each dataroot_gt, and a filename_tmpl like {}x2")
@@ -402,10 +368,10 @@ def open_pairs(gt_roots, lq_roots=(), scale=1, filename_tmpl="{}", meta_info_fil
         groups.append(pairs)
         if not lq:
             continue
-        by_name = {
-            os.path.splitext(name)[0]: j for j, name in enumerate(lq.names)
-        }  # .png may pair with .jpg,
-        by_name.update({name: j for j, name in enumerate(lq.names)})  # but rather with .png
+        by_name = {os.path.splitext(name)[0]: j for j, name in enumerate(lq.names)}
+        by_name.update(
+            {name: j for j, name in enumerate(lq.names)}
+        )  # .png may pair with .jpg, but rather .png
         for k, (_, i, _, _) in enumerate(pairs):
             path = Path(gt.names[i])
             partner = path.with_name(filename_tmpl.format(path.stem)).as_posix()
@@ -413,10 +379,10 @@ def open_pairs(gt_roots, lq_roots=(), scale=1, filename_tmpl="{}", meta_info_fil
             pairs[k] = (gt, i, lq, j)
             if j is None:
                 problems.append(f"{gt_root}/{path} has no partner {partner}.* in {lq_root}")
-            elif any(
-                abs(b * scale - a) >= scale for a, b in zip(gt.shapes[i][:2], lq.shapes[j][:2], strict=True)
-            ):
-                sizes = f"{lq.shapes[j][:2]}, not 1/{scale} of {gt.shapes[i][:2]}"
+                continue
+            (h, w, _), (lh, lw, _) = gt.shapes[i], lq.shapes[j]
+            if max(abs(lh * scale - h), abs(lw * scale - w)) >= scale:
+                sizes = f"{lh}x{lw}, not 1/{scale} of {h}x{w}"
                 problems.append(f"{lq_root}/{lq.names[j]} and {gt_root}/{path} do not match: {sizes}")
         extra = set(range(len(lq.names))) - {j for *_, j in pairs} if not meta_info_file else ()
         problems += [f"{lq_root}/{lq.names[j]} has no partner in {gt_root}" for j in sorted(extra)]
@@ -424,49 +390,47 @@ def open_pairs(gt_roots, lq_roots=(), scale=1, filename_tmpl="{}", meta_info_fil
 
 
 def as_tuple(roots) -> tuple:
-    return tuple(roots) if isinstance(roots, tuple | list) else (roots,) if roots else ()
+    roots = roots.split(",") if isinstance(roots, str) else [roots] if isinstance(roots, Path) else roots
+    return tuple(roots or ())
 
 
 class PairedImageDataset(Dataset):
     """Training pairs: dataset[n] -> (lq (C, h, w), gt (C, h * scale, w * scale)), for any n >= 0.
 
     8-bit pixels stay uint8, for the device to divide by 255; all else is float32, where 1 is white.
-    dataroot_gt: a folder, a packed file, or a tuple of them; None: synthetic images. dataroot_lq: likewise; None:
-    `degradation` makes the LQ images, with `sigma` (of 255) or `quality` (of JPEG), a number or a (low, high) range.
+    dataroot_gt: a folder, a packed file, or several; None: synthetic images. dataroot_lq: likewise; None:
+    made by `degradation`, for which `sigma` (of 255) and `quality` (of JPEG) are numbers or (low, high) ranges.
     An epoch visits each image once; with `dataset_weights` each sample draws one of the roots.
     ValueError if anything is wrong with the pairs; `notices` has what the user should know.
     """
 
     def __init__(
-        self, dataroot_gt=None, dataroot_lq=None, degradation="noise", sigma=25, quality=40, scale=1, gt_size=128,
-        in_chans=3, filename_tmpl="{}", meta_info_file=None, dataset_weights=None, use_hflip=True, use_rot=True,
-        seed=0, cache_gb=2.0,
+        self, dataroot_gt=None, dataroot_lq=None, degradation="noise", sigma=25, quality=40, scale=1,
+        gt_size=128, in_chans=3, filename_tmpl="{}", meta_info_file=None, dataset_weights=None,
+        use_hflip=True, use_rot=True, seed=0, cache_gb=2.0,
     ):  # fmt: skip
         gt_roots, lq_roots = as_tuple(dataroot_gt), as_tuple(dataroot_lq)
-        if gt_size % scale or in_chans not in (1, 3):
-            raise ValueError(
-                f"gt_size={gt_size} must be a multiple of scale={scale}, in_chans={in_chans} 1 or 3"
-            )
+        if gt_size % scale:
+            raise ValueError(f"gt_size={gt_size} is no multiple of scale={scale}")
         if not lq_roots and degradation not in DEGRADATIONS:
-            raise ValueError(
-                f"degradation={degradation}: give one of {', '.join(DEGRADATIONS)}, or dataroot_lq"
-            )
+            raise ValueError(f"degradation={degradation}: not one of {', '.join(DEGRADATIONS)}")
         self.degrade, self.margin = (None, 0) if lq_roots else DEGRADATIONS[degradation]
         self.options = SimpleNamespace(sigma=sigma, quality=quality, scale=scale)
         self.scale, self.gt_size, self.in_chans, self.seed, self.epoch = scale, gt_size, in_chans, seed, None
         self.use_hflip, self.use_rot, self.rng = use_hflip, use_rot, sample_rng(0, 0)
-        cache_gb /= max(len(gt_roots + lq_roots), 1)
+        share = {"cache_gb": cache_gb / max(len(gt_roots + lq_roots), 1)}
         groups, problems, self.notices = open_pairs(
-            gt_roots, lq_roots, scale, filename_tmpl, meta_info_file, cache_gb=cache_gb
+            gt_roots, lq_roots, scale, filename_tmpl, meta_info_file, **share
         )
         if problems:
             more = f"; {len(problems) - 5} more: see python data.py check" if len(problems) > 5 else ""
             raise ValueError("; ".join(problems[:5]) + more)
         self.pairs = [pair for pairs in groups for pair in pairs]
         self.synthetic = None if gt_roots else SyntheticImages(seed, max(256, 2 * gt_size), in_chans)
-        self.eight_bit = all(
-            gt.depths[i] == 1 and (not lq or lq.depths[j] == 1) for gt, i, lq, j in self.pairs
-        )
+        depths = {gt.depths[i] for gt, i, _, _ in self.pairs} | {
+            lq.depths[j] for _, _, lq, j in self.pairs if lq
+        }
+        self.eight_bit = 2 not in depths
         small = sum(min(gt.shapes[i][:2]) < gt_size for gt, i, _, _ in self.pairs)
         if small:
             self.notices.append(f"{small} images are smaller than gt_size={gt_size}: padded by reflection")
@@ -479,9 +443,7 @@ class PairedImageDataset(Dataset):
 
     def pick(self, n: int, u: float, v: float) -> tuple:
         """The pair of sample n, whose random numbers in [0, 1) are u and v."""
-        if (
-            self.synthetic
-        ):  # a pool of the last KEPT; one joins every 64 samples, for it takes as long as many crops
+        if self.synthetic:  # a pool, small at first, which an image joins every 64 samples
             newest = 8 + n // 64
             return self.synthetic, newest - int(u * min(newest + 1, SyntheticImages.KEPT)), None, None
         if self.weights:
@@ -493,7 +455,7 @@ class PairedImageDataset(Dataset):
         return self.pairs[self.order[position]]
 
     def open(self, pair: tuple) -> tuple[np.ndarray, np.ndarray | None, int, int]:
-        """GT, LQ or None, and the size in LQ pixels of what both show, from the top left on, as in BasicSR."""
+        """GT, LQ or None, and the size in LQ pixels of what both show, aligned top left as in BasicSR."""
         gt, i, lq, j = pair
         gt, lq = gt[i], lq[j] if lq else None
         h, w = gt.shape[0] // self.scale, gt.shape[1] // self.scale
@@ -504,34 +466,23 @@ class PairedImageDataset(Dataset):
         u = rng.random(7).tolist()
         gt, lq, h, w = self.open(self.pick(n, *u[:2]))
         scale, size, margin, block = self.scale, self.gt_size // self.scale, self.margin, max(self.margin, 1)
-        top, left = (
-            int(u[2] * max(h - size + 1, 1)),
-            int(u[3] * max(w - size + 1, 1)),
-        )  # in LQ pixels, like h and w
+        top, left = int(u[2] * max(h - size + 1, 1)), int(u[3] * max(w - size + 1, 1))  # LQ pixels, inclusive
         y, x = max(top // block * block - margin, 0), max(left // block * block - margin, 0)
-        bottom, right = (
-            min(-(-(k + size) // block) * block + margin, end) for k, end in ((top, h), (left, w))
-        )
+        bottom = min(-(-(top + size) // block) * block + margin, h)
+        right = min(-(-(left + size) // block) * block + margin, w)
         gt = to_channels(gt[y * scale : bottom * scale, x * scale : right * scale], self.in_chans)
         gt = gt if self.margin else reflect(gt, self.gt_size)  # first, for noise should not be mirrored
-        lq = (
-            self.degrade(gt, rng, self.options)
-            if lq is None
-            else to_channels(lq[y:bottom, x:right], self.in_chans)
-        )
-        lq = reflect(lq[top - y :, left - x :][:size, :size], size)
-        gt = reflect(
-            gt[(top - y) * scale :, (left - x) * scale :][: self.gt_size, : self.gt_size], self.gt_size
-        )
+        lq = self.degrade(gt, rng, self.options) if lq is None else lq[y:bottom, x:right]
+        lq = reflect(to_channels(lq[top - y :, left - x :][:size, :size], self.in_chans), size)
+        gt = gt[(top - y) * scale :, (left - x) * scale :][: self.gt_size, : self.gt_size]
+        gt = reflect(gt, self.gt_size)
         return self.augment(lq, *u[4:]), self.augment(gt, *u[4:])
 
     def augment(self, img: np.ndarray, u: float, v: float, t: float) -> torch.Tensor:
         """(H, W, C) -> (C, H, W), in one of BasicSR's eight symmetries."""
         img = img[:: -1 if self.use_rot and v < 0.5 else 1, :: -1 if self.use_hflip and u < 0.5 else 1]
-        img = np.ascontiguousarray(
-            img.transpose(2, 1, 0) if self.use_rot and t < 0.5 else img.transpose(2, 0, 1)
-        )
-        return torch.from_numpy(img if self.eight_bit else to_float(img))
+        img = img.transpose((2, 1, 0) if self.use_rot and t < 0.5 else (2, 0, 1))
+        return torch.from_numpy(np.ascontiguousarray(img if self.eight_bit else to_float(img)))
 
 
 def reflect(img: np.ndarray, size: int) -> np.ndarray:
@@ -541,10 +492,10 @@ def reflect(img: np.ndarray, size: int) -> np.ndarray:
 
 
 class ValidationImages(PairedImageDataset):
-    """Whole images: images[i] -> {name, lq: float32 (C, h, w), gt: uint8 or uint16 array (h * scale, w * scale, C)}.
+    """Whole images: images[i] -> {name, lq: float32 (C, h, w), gt: array (h * scale, w * scale, C) as read}.
 
-    If `val_gt` is None there are `count` synthetic images, the same for every seed. Noise is the reference test
-    noise, np.random.seed(0) before each image. GT is cut to multiples of `scale`.
+    If `val_gt` is None there are `count` synthetic images, the same for every seed. Noise is the reference
+    test noise, np.random.seed(0) before each image. GT is cut to multiples of `scale`.
     """
 
     def __init__(self, val_gt=None, val_lq=None, count: int = 16, **options):
@@ -569,14 +520,9 @@ class SampleNumbers(Sampler):
 
     def __init__(self, batch_size: int, rank: int = 0, world: int = 1, start: int = 0, accumulate: int = 1):
         if batch_size % (world * accumulate):
-            raise ValueError(
-                f"batch_size={batch_size} can't be shared by {world} ranks x accumulate={accumulate}"
-            )
-        self.size, self.step, self.first = (
-            batch_size // (world * accumulate),
-            world,
-            start * accumulate * world + rank,
-        )
+            raise ValueError(f"batch_size={batch_size} is no multiple of ranks x accumulate")
+        self.size, self.step = batch_size // (world * accumulate), world
+        self.first = start * accumulate * world + rank
 
     def __iter__(self) -> Iterator[list[int]]:
         for k in itertools.count(self.first, self.step):
@@ -588,7 +534,7 @@ def ignore_interrupt(worker: int) -> None:
 
 
 def train_loader(dataset, sampler, num_workers: int, pin=False, multiprocessing_context=None) -> DataLoader:
-    """Batches in the sampler's order. They never end, so workers start once; PyTorch gives each one thread."""
+    """Batches in the sampler's order. They never end: workers start once. PyTorch gives each one thread."""
     workers = {"worker_init_fn": ignore_interrupt, "multiprocessing_context": multiprocessing_context}
     workers["prefetch_factor"] = 4  # batches ahead per worker: a slow file now and then does no harm
     # Only from pinned memory does a copy to the GPU run beside its computation.
@@ -599,8 +545,8 @@ def train_loader(dataset, sampler, num_workers: int, pin=False, multiprocessing_
 class Prefetcher:
     """Iterates (lq, gt), float32 on `device`, loaded and copied ahead by a thread, on CUDA in a side stream.
 
-    `wait`: the seconds that the last next() waited. What fails in the thread or a worker, next() raises: ValueError
-    with the dataset's sentence, RuntimeError for a killed worker. close(), or the end of `with`, stops them all.
+    `wait`: the seconds that the last next() waited. It raises what fails in the thread or a worker: ValueError
+    with the dataset's sentence, RuntimeError for a killed one. close(), or the end of `with`, stops them all.
     """
 
     def __init__(self, loader: DataLoader, device: torch.device | str):
@@ -619,9 +565,7 @@ class Prefetcher:
                     return
                 with torch.cuda.stream(self.stream):  # None changes nothing
                     batch = [images.to(self.device, non_blocking=True) for images in batch]
-                    batch = [
-                        images.float() / 255 if images.dtype == torch.uint8 else images for images in batch
-                    ]
+                    batch = [x.float() / 255 if x.dtype == torch.uint8 else x for x in batch]
                     self.ready.put((batch, self.stream and self.stream.record_event()))
             self.ready.put(StopIteration())
         except Exception as error:
@@ -632,7 +576,9 @@ class Prefetcher:
         item = self.ready.get()
         self.wait = time.perf_counter() - start
         self.room.release()
-        if isinstance(item, ValueError):  # from a worker it is a whole traceback, which ends in the sentence
+        if isinstance(item, Exception):
+            self.ready.put(item)  # for whoever asks again
+        if isinstance(item, ValueError):  # a worker's is a whole traceback that ends in the sentence
             raise ValueError(str(item).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
         if isinstance(item, Exception):
             raise item
@@ -657,7 +603,7 @@ class Prefetcher:
 
 # ---- command line ----
 def check(options: dict) -> list[str]:
-    """Reads every image of dataroot_gt, dataroot_lq, val_gt and val_lq whole. Prints notices, returns problems."""
+    """Decodes all images of dataroot_gt, dataroot_lq, val_gt, val_lq. Prints notices, returns problems."""
     problems, known = [], {k: options[k] for k in ("scale", "filename_tmpl") if k in options}
     for gt, lq, meta in (("dataroot_gt", "dataroot_lq", "meta_info_file"), ("val_gt", "val_lq", "")):
         roots = as_tuple(options.get(gt)), as_tuple(options.get(lq))
