@@ -399,7 +399,7 @@ class PairedImageDataset(Dataset):
 
     8-bit pixels stay uint8, for the device to divide by 255; all else is float32, where 1 is white.
     dataroot_gt: a folder, a packed file, or several; None: synthetic images. dataroot_lq: likewise; None:
-    made by `degradation`, for which `sigma` (of 255) and `quality` (of JPEG) are numbers or (low, high) ranges.
+    made by `degradation`; its `sigma` (of 255) and `quality` (of JPEG) are numbers or (low, high) ranges.
     An epoch visits each image once; with `dataset_weights` each sample draws one of the roots.
     ValueError if anything is wrong with the pairs; `notices` has what the user should know.
     """
@@ -545,7 +545,7 @@ def train_loader(dataset, sampler, num_workers: int, pin=False, multiprocessing_
 class Prefetcher:
     """Iterates (lq, gt), float32 on `device`, loaded and copied ahead by a thread, on CUDA in a side stream.
 
-    `wait`: the seconds that the last next() waited. It raises what fails in the thread or a worker: ValueError
+    `wait`: the seconds that the last next() waited. It raises what fails in thread or worker: ValueError
     with the dataset's sentence, RuntimeError for a killed one. close(), or the end of `with`, stops them all.
     """
 

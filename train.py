@@ -1,6 +1,6 @@
 """Train SwinIR. One file, one loop; every option is a line of Config.
 
-    python train.py configs/tiny.py                           # a denoiser in minutes on a laptop, without data
+    python train.py configs/tiny.py                           # a denoiser in minutes on a laptop, no data
     python train.py configs/denoise.py --dataroot_gt=DIV2K_HR --val_gt=CBSD68 --lr=1e-4
     torchrun --nproc_per_node=8 train.py configs/denoise.py   # batch_size is global: the recipe is the same
 
@@ -15,23 +15,19 @@ import inspect
 import json
 import math
 import os
-import re
 import runpy
 import signal
 import sys
 import time
-import traceback
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import PairedImageDataset, Prefetcher, SampleNumbers, ValidationImages, train_loader
@@ -86,11 +82,9 @@ class Config:
     betas: tuple = (0.9, 0.999)
     weight_decay: float = 0.0
     loss: Literal[tuple(LOSSES)] = "charbonnier"  # see LOSSES in metrics.py
-    scheduler: Literal["multistep", "cosine"] = (
-        "multistep"  # lr * gamma after each milestone; to 0 at the end
-    )
-    milestones: tuple = (800_000, 1_200_000, 1_400_000, 1_500_000)
-    gamma: float = 0.5
+    scheduler: Literal["multistep", "cosine"] = "multistep"  # cosine: to 0 at total_iters
+    milestones: tuple = (800_000, 1_200_000, 1_400_000, 1_500_000)  # after each the lr is multiplied
+    gamma: float = 0.5  # by this
     warmup_iters: int = 0  # the lr grows linearly and reaches its value at this iteration
     grad_clip: float | None = None  # largest norm of the gradient; None: no clipping
     ema_decay: float = 0.999  # of the averaged weights, which are validated; 0: no averaging
@@ -113,16 +107,15 @@ class Config:
 # ---- options: defaults, then config files, then --key=value ----
 
 HINTS = get_type_hints(Config)
-FROM_1 = (
-    "scale gt_size embed_dim window_size batch_size accumulate total_iters print_freq save_checkpoint_freq "
-)
-FROM_1 += "depths num_heads quality milestones"
-BASICSR = {
-    "total_iter": "total_iters",
-    "num_worker_per_gpu": "num_workers",
-    "batch_size_per_gpu": "batch_size",
+FROM_1 = "scale gt_size embed_dim window_size batch_size accumulate total_iters print_freq quality depths "
+FROM_1 += "num_heads milestones save_checkpoint_freq"
+BASICSR = {"total_iter": "total_iters", "num_worker_per_gpu": "num_workers", "manual_seed": "seed"}
+BASICSR |= {"batch_size_per_gpu": "batch_size", "warmup_iter": "warmup_iters"}
+BASICSR |= {
+    "pretrain_network_g": "pretrain_network",
+    "param_key_g": "param_key",
+    "strict_load_g": "strict_load",
 }
-BASICSR |= {"manual_seed": "seed", "warmup_iter": "warmup_iters", "pretrain_network_g": "pretrain_network"}
 
 
 def coerce(value: Any, name: str, source: str) -> Any:
@@ -130,7 +123,7 @@ def coerce(value: Any, name: str, source: str) -> Any:
     choices = get_args(HINTS[name]) if get_origin(HINTS[name]) is Literal else ()
     kinds = {type(choice) for choice in choices} or set(get_args(HINTS[name])) or {HINTS[name]}
     if source.startswith("-") and str in kinds:
-        value = None if value == "None" and NoneType in kinds else value
+        value = None if value == "None" and type(None) in kinds else value
         value = tuple(value.split(",")) if value and tuple in kinds and "," in value else value
     elif source.startswith("-"):
         with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -155,9 +148,8 @@ def load_config(argv: list[str]) -> Config:
         pairs = {key.replace("-", "_"): text}
         if not arg.startswith("-"):
             try:
-                pairs = {
-                    k: v for k, v in runpy.run_path(arg).items() if k[0] != "_" and type(v) is not ModuleType
-                }
+                pairs = runpy.run_path(arg).items()
+                pairs = {k: v for k, v in pairs if k[0] != "_" and not inspect.ismodule(v)}
             except BaseException as error:
                 raise SystemExit(f"{arg} is no config file: {type(error).__name__}: {error}") from None
         elif not equals:
@@ -180,18 +172,17 @@ def check(cfg: Config) -> None:
             raise SystemExit(f"{name}={getattr(cfg, name)!r:.60} can't work: it must be {what}")
 
     for name, value in vars(cfg).items():
-        several, low = isinstance(value, tuple), int(name in FROM_1.split())
-        if several and not {"dataroot_gt", "dataroot_lq", "val_gt", "val_lq"} & {name}:
-            need(all(type(v) in (int, float) for v in value), name, "numbers, separated by commas")
-        numbers = [v for v in (value if several else [value]) if type(v) in (int, float)]
+        numbers = [v for v in (value if isinstance(value, tuple) else [value]) if type(v) in (int, float)]
+        need(type(value) is not tuple or "_" in name or len(numbers) == len(value), name, "numbers, as 6,6")
+        low = int(name in FROM_1.split())
         need(all(low <= v < 2**63 for v in numbers), name, f"finite and at least {low}")
     for name in ("sigma", "quality", "betas"):
-        value = getattr(cfg, name)
-        need(isinstance(value, float) or len(value) == 2, name, "two numbers, or (but betas) one")
+        fine = isinstance(v := getattr(cfg, name), float) or (len(v) == 2 and v[0] <= v[1])
+        need(fine, name, "two ascending numbers, or (but betas) one")
     for name in ("drop_path_rate", "ema_decay", "betas"):
         need(np.all(np.array(getattr(cfg, name)) < 1), name, "below 1")
     need(cfg.depths and all(type(v) is int for v in cfg.depths + cfg.num_heads), "depths", "whole numbers")
-    need(re.fullmatch(r"\w[\w.+= -]{,99}", cfg.name), "name", "a folder name of letters, digits and .+=-_")
+    need(cfg.name == Path(cfg.name).name and cfg.name.isprintable(), "name", "the name of a folder")
     need(cfg.gt_size % cfg.scale == 0, "gt_size", f"a multiple of scale={cfg.scale}")
     need((cfg.upsampler == "") == (cfg.scale == 1), "upsampler", f"'' for scale 1 only, not for {cfg.scale}")
     made = cfg.scale == 1 or cfg.degradation == "bicubic"
@@ -211,9 +202,6 @@ def lr_at(it: int, cfg: Config) -> float:
         done = (it - 1 - cfg.warmup_iters) / max(cfg.total_iters - cfg.warmup_iters, 1)
         return cfg.lr * (1 + math.cos(math.pi * min(max(done, 0), 1))) / 2
     return cfg.lr * cfg.gamma ** sum(it > m for m in cfg.milestones)
-
-
-# ---- what main needs: hardware, data, files, validation ----
 
 
 def hardware(cfg: Config, world: int) -> tuple[torch.device, str, int]:
@@ -244,11 +232,10 @@ def open_data(cfg: Config) -> tuple[PairedImageDataset, dict[str, ValidationImag
     gt, lq = (v if isinstance(v, tuple) else (v,) for v in (cfg.val_gt, cfg.val_lq))
     if cfg.val_lq and len(lq) != len(gt):
         raise SystemExit(f"val_lq={cfg.val_lq} must have one entry for each of val_gt={cfg.val_gt}")
-    val_sets = {}
+    val_sets, options = {}, options_of(ValidationImages, cfg)
     for i, root in enumerate(gt if cfg.val_gt or not cfg.dataroot_lq else ()):
-        paths = {"val_gt": root, "val_lq": lq[i] if cfg.val_lq else None}
-        name = Path(root).resolve().stem if root else "synthetic"
-        val_sets[name] = ValidationImages(**options_of(ValidationImages, cfg) | paths)
+        options |= {"val_gt": root, "val_lq": lq[i] if cfg.val_lq else None}
+        val_sets[Path(root).resolve().stem if root else "synthetic"] = ValidationImages(**options)
     return PairedImageDataset(**options_of(PairedImageDataset, cfg)), val_sets
 
 
@@ -258,13 +245,14 @@ def open_folder(cfg: Config) -> tuple[Path, Any]:
     for name in ("models", "training_states"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "w")
-    with contextlib.suppress(ImportError):  # Windows has no fcntl: no lock there
+    try:
         import fcntl
 
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise SystemExit(f"{folder} is in use by another run: wait, or give this one a --name") from None
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows: no lock
+        pass
+    except OSError:
+        raise SystemExit(f"{folder} is in use by another run: wait, or give this one a --name") from None
     if cfg.resume == "never" and (folder / "config.json").exists():
         archive = folder.rename(folder.with_name(f"{cfg.name}_archived_{time.strftime('%Y%m%d_%H%M%S')}"))
         print(f"{folder} was moved to {archive}")
@@ -296,9 +284,7 @@ def last_checkpoint(folder: Path) -> tuple[dict, dict]:
                 assert zipfile.ZipFile(path).testzip() is None  # torch.load doesn't compare checksums
                 files.append(torch.load(path, map_location="cpu", weights_only=True))
             except Exception:
-                print(
-                    f"warning: {path} is damaged or missing, the checkpoint before is used", file=sys.stderr
-                )
+                print(f"warning: {path} is damaged, the checkpoint before is used", file=sys.stderr)
         if len(files) == 2:
             return files[0], files[1]
     return {"iter": 0, "best": {}, "config": vars(Config())}, {}
@@ -324,35 +310,6 @@ class Log:
                 file.write(json.dumps(event) + "\n" if event else "")
 
 
-def to_pixels(x: torch.Tensor, dtype: Any) -> np.ndarray:
-    """(C, H, W) in [0, 1] to (H, W, C) uint8 or uint16, rounded."""
-    peak = np.iinfo(dtype).max
-    return (x.float().clamp(0, 1) * peak).round().permute(1, 2, 0).cpu().numpy().astype(dtype)
-
-
-def validate(net: SwinIR, images: Any, cfg: Config, ranks: tuple, strips: Path) -> list[float]:
-    """Means over whole images: PSNR and SSIM of the output, PSNR of the input (0 where sizes differ).
-
-    Each rank takes every world-th image; the means run over all in file order, however many ranks there are.
-    """
-    rank, world, group = ranks
-    protocol = cfg.crop_border, cfg.test_y_channel
-    scores = torch.zeros(len(images), 3, dtype=torch.float64)
-    for i in range(rank, len(images), world):
-        name, lq, gt = (images[i][k] for k in ("name", "lq", "gt"))
-        out, lq = to_pixels(restore(net, lq[None])[0], gt.dtype), to_pixels(lq, gt.dtype)
-        scores[i, 0], scores[i, 1] = psnr(out, gt, *protocol), ssim(out, gt, *protocol)
-        scores[i, 2] = psnr(lq, gt, *protocol) if lq.shape == gt.shape else 0
-        if cfg.save_img:
-            strip = [(a // (np.iinfo(a.dtype).max // 255)).astype(np.uint8).squeeze() for a in (lq, out, gt)]
-            strip = [Image.fromarray(a).resize(gt.shape[1::-1], Image.NEAREST) for a in strip]
-            strips.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.hstack(strip)).save(strips / f"{name.replace('/', '_')}.png")
-    if world > 1:
-        dist.all_reduce(scores, group=group)  # a score plus zeros: exact
-    return scores.mean(0).tolist()
-
-
 def main(cfg: Config) -> None:
     rank, world, group = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), None
     device, amp, accumulate = hardware(cfg, world)
@@ -361,22 +318,24 @@ def main(cfg: Config) -> None:
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
         group = dist.new_group(backend="gloo")  # for what is on the CPU
-    folder, held = open_folder(cfg) if rank == 0 else (Path("experiments") / cfg.name, None)
-    if world > 1:
-        dist.barrier(group)
 
-    # Start, or continue.
+    def reduced(x: torch.Tensor, group: Any = group, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
+        if world > 1:
+            dist.all_reduce(x, op, group)
+        return x
+
+    folder, _lock = open_folder(cfg) if rank == 0 else (Path("experiments") / cfg.name, None)
+    reduced(torch.zeros(1))  # all wait for the folder
     state, weights = last_checkpoint(folder)
-    start, best, before = state["iter"], state["best"], state["config"]
-    changed = {k: (before[k], v) for k, v in vars(cfg).items() if k in before and before[k] != v}
-    fixed = {*options_of(SwinIR, cfg), "scale", "seed", "batch_size", "optimizer"} - {"use_checkpoint"}
-    if start and (fixed := sorted(fixed & changed.keys())):
-        was = ", ".join(f"{k}={before[k]}" for k in fixed)
-        raise SystemExit(f"{folder} was begun with {was}: keep that, or use another --name or --resume=never")
+    start, best, before = (state[k] for k in ("iter", "best", "config"))
     log = Log(folder, rank, start)
     log(f"{folder}: continuing after iteration {start:,}" if start else f"{folder}: starting")
+    changed = {k: (before[k], v) for k, v in vars(cfg).items() if k in before and before[k] != v}
     told = [f"{k}: {a} -> {b}" if start else f"{k}={b}" for k, (a, b) in changed.items()]
     log(f"options: {', '.join(told) or ('as before' if start else 'the defaults')}")
+    fixed = {*options_of(SwinIR, cfg), "scale", "seed", "batch_size", "optimizer"} - {"use_checkpoint"}
+    if start and (fixed := sorted(fixed & changed.keys())):
+        raise SystemExit(f"{', '.join(fixed)} can't change in a run: use another --name, or --resume=never")
     found = f"{len(dataset):,} images" if cfg.dataroot_gt else "synthetic images (no dataroot_gt given)"
     log(f"data: {found}; validation: {', '.join(f'{k} ({len(v)})' for k, v in val_sets.items()) or 'none'}")
     for notice in dataset.notices:
@@ -385,48 +344,61 @@ def main(cfg: Config) -> None:
     # The network, its average, the optimizer.
     torch.manual_seed(cfg.seed)
     net = SwinIR(img_size=cfg.gt_size // cfg.scale, upscale=cfg.scale, **options_of(SwinIR, cfg))
-    if start:
-        net.load_state_dict(weights["params"])
-    elif cfg.pretrain_network:
+    if cfg.pretrain_network and not start:
         log(load_weights(net, cfg.pretrain_network, cfg.param_key, cfg.strict_load))
     net.to(device, memory_format=torch.channels_last if cuda else torch.preserve_format)
     ema = copy.deepcopy(net).requires_grad_(False) if cfg.ema_decay else net
-    if start and cfg.ema_decay:
-        ema.load_state_dict(weights["params_ema"])
     params, averages = list(net.parameters()), list(ema.parameters())
     adam = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[cfg.optimizer]
     optimizer = adam(params, cfg.lr, cfg.betas, weight_decay=cfg.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-    sums = torch.zeros(4, device=device)  # of loss, gradient norm, bad steps since the last log; bad in a row
+    # Since the last log line: loss, gradient norm, good steps, skipped steps; and those skipped in a row.
+    sums = torch.zeros(5, device=device)
     if start:
+        ema.load_state_dict(weights["params_ema"])
+        net.load_state_dict(weights["params"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         sums += state["sums"][rank % len(state["sums"])].to(device)
     if cfg.compile == "on" or (cfg.compile == "auto" and cuda and sys.platform == "linux"):
         for layer in net.layers:  # in place: no prefix in the state dict; alike: one compilation serves all
             layer.compile()
-    model = DistributedDataParallel(net, [device.index] if cuda else None) if world > 1 else net
+    model = net
+    if world > 1:
+        model = torch.nn.parallel.DistributedDataParallel(net, [device.index] if cuda else None)
     size, precision = sum(p.numel() for p in params), "float32" if amp == "none" else amp
-    log(f"network: {size:,} parameters; {device}, {precision}, {world} rank(s), {accumulate} micro-batch(es)")
-    about = {"torch": torch.__version__, "command": " ".join(sys.argv)}
-    if rank == 0:
-        write(folder / "config.json", json.dumps(vars(cfg) | {"about": about}, indent=1))
+    work = f"{world} rank(s) x {accumulate} micro-batch(es)"
+    log(f"network: {size:,} parameters; torch {torch.__version__}, {device}, {precision}, {work}")
 
-    def validate_all(it: int) -> None:
-        colour, mean = "Y" if cfg.test_y_channel else "RGB" if cfg.in_chans == 3 else "gray", 0
-        for name, images in val_sets.items():
-            strips = folder / "visualization" / name / str(it)
-            value, similar, noisy = validate(ema.eval(), images, cfg, (rank, world, group), strips)
-            mean += value / len(val_sets)
-            top, when = best[name] = max(best.get(name, [value, it]), [value, it], key=lambda b: b[0])
-            text = f"{name}: {value:.2f} dB, SSIM {similar:.4f}" + f" (input {noisy:.2f} dB)" * (noisy > 0)
-            text += f", best {top:.2f} dB at {when:,}; {colour}, border {cfg.crop_border}"
+    def validate(it: int) -> None:
+        """Each rank takes every world-th image; the means run over all in file order, so ranks don't matter."""
+        protocol = cfg.crop_border, cfg.test_y_channel
+        for dataset, images in val_sets.items():
+            scores = torch.zeros(len(images), 3, dtype=torch.float64)
+            for i in range(rank, len(images), world):
+                name, lq, gt = (images[i][k] for k in ("name", "lq", "gt"))
+                peak, pair = np.iinfo(gt.dtype).max, (restore(ema.eval(), lq[None])[0], lq)
+                out, lq = (
+                    (x.clamp(0, 1) * peak).round().permute(1, 2, 0).numpy().astype(gt.dtype) for x in pair
+                )
+                scores[i, 0], scores[i, 1] = psnr(out, gt, *protocol), ssim(out, gt, *protocol)
+                scores[i, 2] = psnr(lq, gt, *protocol) if lq.shape == gt.shape else 0
+                if cfg.save_img:
+                    strip = [(a // (peak // 255)).astype(np.uint8).squeeze() for a in (lq, out, gt)]
+                    strip = [Image.fromarray(a).resize(gt.shape[1::-1], Image.NEAREST) for a in strip]
+                    path = folder / "visualization" / dataset / str(it) / f"{name.replace('/', '_')}.png"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(np.hstack(strip)).save(path)
+            value, similar, noisy = reduced(scores).mean(0).tolist()  # the sum over ranks adds zeros: exact
+            top, when = best[dataset] = max(best.get(dataset, [value, it]), [value, it], key=lambda b: b[0])
+            text = f"validation {dataset}: {value:.2f} dB, SSIM {similar:.4f}"
+            text += f" (input {noisy:.2f} dB)" * (noisy > 0) + f", best {top:.2f} dB at {when:,}; "
+            text += f"{'Y' if cfg.test_y_channel else 'RGB' if cfg.in_chans == 3 else 'gray'}, border {cfg.crop_border}"
             entry = {"psnr": value, "ssim": similar, "best_psnr": top, "best_iter": when, "input_psnr": noisy}
-            log(f"validation {text}", event="val", iter=it, dataset=name, **entry)
+            log(text, event="val", iter=it, dataset=dataset, **entry)
+            if when == it and dataset == next(iter(val_sets)):  # the first set decides
+                save_network("best", it)
         net.train()
-        if mean > best.get("", [0])[0]:  # "": over all sets
-            best[""] = [mean, it]
-            save_network("best", it)
 
     def save_network(name: Any, it: int) -> None:
         if rank == 0 and not cfg.eval_only:
@@ -434,13 +406,11 @@ def main(cfg: Config) -> None:
             write(folder / "models" / f"net_g_{name}.pth", both | {"arguments": net.arguments, "iter": it})
 
     def save(it: int) -> None:
+        save_network(it, it)
         table = torch.zeros(world, len(sums))
         table[rank] = sums.cpu()
-        if world > 1:
-            dist.all_reduce(table, group=group)
-        save_network(it, it)
+        content = {"iter": it, "best": best, "sums": reduced(table), "config": vars(cfg)}
         if rank == 0:
-            content = {"iter": it, "best": best, "sums": table, "config": vars(cfg)}
             content |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
             write(folder / "training_states" / f"{it}.state", content)
             states = sorted(folder.glob("training_states/*.state"), key=lambda p: int(p.stem))
@@ -449,14 +419,13 @@ def main(cfg: Config) -> None:
                 (folder / "models" / f"net_g_{old.stem}.pth").unlink(missing_ok=True)
 
     if cfg.eval_only:
-        return validate_all(start)
+        return validate(start)
     if start >= cfg.total_iters:
         return log(f"finished after {start:,} iterations: raise --total_iters to go on, or --resume=never")
-
-    asked, end = (
-        {"save": False, "stop": 0},
-        time.perf_counter() + 3600 * (math.inf if cfg.max_hours is None else cfg.max_hours),
-    )
+    if rank == 0:
+        write(folder / "config.json", json.dumps(vars(cfg), indent=1))
+    asked = {"save": False, "stop": 0}
+    end = time.perf_counter() + 3600 * (math.inf if cfg.max_hours is None else cfg.max_hours)
 
     def hear(number: int, frame: Any) -> None:
         if asked["stop"]:  # the second time
@@ -466,23 +435,18 @@ def main(cfg: Config) -> None:
 
     for name in {"SIGINT", "SIGTERM", "SIGUSR1"} & set(dir(signal)):
         signal.signal(getattr(signal, name), hear)
-    workers = (
-        cfg.num_workers if cfg.num_workers is not None else min(8, os.cpu_count() // world) if cuda else 1
-    )
+    workers = min(8, (os.cpu_count() or 1) // world) if cuda else 1
     numbers = SampleNumbers(cfg.batch_size, rank, world, start, accumulate)
+    loader = train_loader(dataset, numbers, workers if cfg.num_workers is None else cfg.num_workers, cuda)
     autocast = torch.autocast(device.type, torch.float16 if amp == "fp16" else torch.bfloat16, amp != "none")
-    layout = "{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
     bar = {"total": cfg.total_iters, "initial": start, "disable": None if rank == 0 else True, "unit": "it"}
-    with (
-        tqdm(**bar, bar_format=layout) as bar,
-        Prefetcher(train_loader(dataset, numbers, workers, pin=cuda), device) as batches,
-    ):
+    bar["bar_format"] = "{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+    with tqdm(**bar) as bar, Prefetcher(loader, device) as batches:
         since, waited, steps = time.perf_counter(), 0.0, 0
         net.train()
         for it in range(start + 1, cfg.total_iters + 1):
-            torch.manual_seed(
-                (cfg.seed * 1_000_003 + it) * 4099 + rank
-            )  # DropPath: drawn from (seed, it, rank)
+            # The step. DropPath draws from (seed, iteration, rank).
+            torch.manual_seed((cfg.seed * 1_000_003 + it) * 4099 + rank)
             lr = optimizer.param_groups[0]["lr"] = lr_at(it, cfg)
             total = 0.0
             for micro in range(accumulate):
@@ -500,14 +464,15 @@ def main(cfg: Config) -> None:
             norm = torch.nn.utils.get_total_norm([p.grad for p in params])
             if cfg.grad_clip:
                 torch.nn.utils.clip_grads_with_norm_(params, cfg.grad_clip, norm)
-            optimizer.found_inf = bad = (~norm.isfinite()).float()  # where 1, the fused step changes nothing
+            good, bad = norm.isfinite().float(), (~norm.isfinite()).float()
+            optimizer.found_inf = bad  # where it is 1, the fused step changes nothing
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
             if cfg.ema_decay:  # it grows to its value: in short runs 0.999 would keep the initial weights
                 torch._foreach_lerp_(averages, params, 1 - min(cfg.ema_decay, (1 + it) / (10 + it)))
-            sums += torch.stack([total.where(bad == 0, 0), norm.where(bad == 0, 0), bad, bad])
-            sums[3] *= bad
+            sums += torch.stack([total.where(good > 0, 0), norm.where(good > 0, 0), good, bad, bad])
+            sums[4] *= bad
             steps += 1
 
             # The rest looks, tells and saves. Only reading values waits for the GPU.
@@ -518,35 +483,34 @@ def main(cfg: Config) -> None:
                 slow = f"an iteration takes {spent:.0f} s on this CPU, all of them {days:,.0f} days"
                 log(f"note: {slow}; configs/tiny.py trains a small denoiser in minutes")
             if it % cfg.print_freq == 0 or last:
-                mean = sums / world
-                if world > 1:
-                    dist.all_reduce(mean)
-                loss, norm, skipped, row = mean.tolist()
-                good, speed = max((it - 1) % cfg.print_freq + 1 - skipped, 1), cfg.batch_size * steps / spent
-                entry = {"loss": loss / good, "lr": lr, "grad_norm": norm / good, "skipped": skipped}
-                entry |= {"time": spent / steps, "data_time": waited / steps, "img_per_s": speed}
-                entry |= {"max_mem_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else None}
-                text = f"iter {it:,}/{cfg.total_iters:,}: loss {loss / good:.4e}, lr {lr:.2e}, {speed:.1f} img/s, "
-                text += f"{waited / spent:.0%} of it waiting for data" + f", {skipped:.0f} skipped" * (
-                    skipped > 0
-                )
-                log(text, event="train", iter=it, **entry)
+                loss, norm, good, bad, row = reduced(sums / world, None).tolist()
+                entry = {
+                    "loss": loss / max(good, 1),
+                    "lr": lr,
+                    "grad_norm": norm / max(good, 1),
+                    "skipped": bad,
+                }
+                entry |= {"time": spent / steps, "data_time": waited / steps}
+                entry["img_per_s"] = cfg.batch_size * steps / spent
+                entry["max_mem_gb"] = torch.cuda.max_memory_allocated() / 1e9 if cuda else None
+                text = f"iter {it:,}/{cfg.total_iters:,}: loss {entry['loss']:.4e}, lr {lr:.2e}, "
+                text += f"{entry['img_per_s']:.1f} img/s, {waited / spent:.0%} waiting for data"
+                log(text + f", {bad:.0f} skipped" * (bad > 0), event="train", iter=it, **entry)
                 if row >= 50:
                     why = f"no finite loss and gradient in the last {row:.0f} steps, which were skipped"
                     raise SystemExit(f"stopped: {why}; try a lower --lr, --grad_clip=1 or --amp=none")
-                sums[:3] = 0
+                sums[:4] = 0
                 since, waited, steps = time.perf_counter(), 0.0, 0
             paused = time.perf_counter()
             wish = torch.tensor([asked["save"], asked["stop"] > 0 or paused > end], dtype=torch.int32)
+            save_now, stop = reduced(wish, op=dist.ReduceOp.MAX).tolist()  # the ranks agree on the iteration
             asked["save"] = False
-            if world > 1:  # ranks hear of a signal at different times, but stop after the same iteration
-                dist.all_reduce(wish, dist.ReduceOp.MAX, group)
-            if val_sets and cfg.val_freq and (it % cfg.val_freq == 0 or last) and not wish[1]:
-                validate_all(it)
-            if wish.any() or it % cfg.save_checkpoint_freq == 0 or last:
+            if val_sets and cfg.val_freq and (it % cfg.val_freq == 0 or last) and not stop:
+                validate(it)
+            if save_now or stop or it % cfg.save_checkpoint_freq == 0 or last:
                 save(it)
             since += time.perf_counter() - paused
-            if wish[1]:
+            if stop:
                 log(f"stopped after iteration {it:,}, which is saved: the same command continues")
                 break
     if world > 1:
@@ -560,6 +524,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except ValueError as error:  # ours are sentences for the user; others keep their traceback
-        if Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent != Path(__file__).parent:
+        if Path(inspect.trace()[-1].filename).parent != Path(__file__).parent:
             raise
         sys.exit(f"error: {error}")

@@ -1,9 +1,9 @@
 """Training pairs per second on one core: data.py, and BasicSR's own PairedImageDataset.
 
     python tests/bench_data.py                           # nanoSwinIR alone
-    python tests/bench_data.py --basicsr ../BasicSR      # beside BasicSR from disk and from LMDB (needs cv2, lmdb)
+    python tests/bench_data.py --basicsr ../BasicSR      # beside BasicSR (needs cv2, lmdb)
 
-x2 pairs, GT 128x128, LQ 64x64, flips and rotations; 480x480 sub-images and 2040x1356 photos, made on the spot.
+x2 pairs, GT 128x128, LQ 64x64, flips and rotations; images of 480x480 and 2040x1356, made on the spot.
 All variants take turns within one run, on the same images. Prints a Markdown table.
 """
 

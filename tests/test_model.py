@@ -1,14 +1,26 @@
 """The network against the authors' outputs, gradients and file layouts."""
 
 import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from model import SwinIR
+import model
+from model import SwinIR, load, load_weights, portable, read, restore, write_png
 
+TINY = dict(img_size=16, window_size=8, embed_dim=12, depths=(2, 2), num_heads=(2, 2), mlp_ratio=2, upscale=1)
+HEADS = [("", 1), ("pixelshuffle", 2), ("pixelshuffle", 3), ("pixelshuffle", 4), ("pixelshuffledirect", 3)]
+HEADS += [("nearest+conv", 2), ("nearest+conv", 4)]
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted((GOLDEN / "model").glob("*.npz"))
 PUBLISHED = json.loads((GOLDEN / "published_networks.json").read_text())
@@ -17,7 +29,9 @@ PUBLISHED = json.loads((GOLDEN / "published_networks.json").read_text())
 def golden_network(path, **overrides):
     z = np.load(path)
     net = SwinIR(**json.loads(str(z["config"])) | overrides)
-    net.load_state_dict({k[6:]: torch.from_numpy(z[k]) for k in z.files if k.startswith("param/")}, strict=True)
+    net.load_state_dict(
+        {k[6:]: torch.from_numpy(z[k]) for k in z.files if k.startswith("param/")}, strict=True
+    )
     return z, net
 
 
@@ -49,7 +63,9 @@ def test_state_dict_is_the_published_one(name):
     with torch.device("meta"):
         net = SwinIR(**want["config"])
     assert sum(p.numel() for p in net.parameters()) == want["parameters"]
-    assert [(k, list(v.shape)) for k, v in net.state_dict().items()] == [(k, list(s)) for k, s in want["state_dict"].items()]
+    assert [(k, list(v.shape)) for k, v in net.state_dict().items()] == [
+        (k, list(s)) for k, s in want["state_dict"].items()
+    ]
 
 
 def test_checkpointed_gradients_agree():
@@ -61,3 +77,482 @@ def test_checkpointed_gradients_agree():
     _, saved = gradients(net.train(), z)
     for k in plain:
         assert torch.allclose(plain[k], saved[k], rtol=1e-5, atol=1e-7), k
+
+
+# ---- weights ----
+
+
+def lively(net, seed=0):
+    """Random weights that make every part matter."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(torch.randn(p.shape, generator=g) * 0.05)
+    return net.eval()
+
+
+def identity(**overrides):
+    net = SwinIR(**TINY | overrides).eval()
+    torch.nn.init.zeros_(net.conv_last.weight)
+    torch.nn.init.zeros_(net.conv_last.bias)
+    return net
+
+
+def saved(path, net, **extra):
+    torch.save({"params_ema": portable(net.state_dict()), "arguments": net.arguments} | extra, path)
+    return path
+
+
+@pytest.mark.parametrize("upsampler, upscale", HEADS)
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {"in_chans": 1, "window_size": 7, "img_size": 21, "img_range": 255.0, "mlp_ratio": 2.7},
+        {
+            "resi_connection": "3conv",
+            "qkv_bias": False,
+            "patch_norm": False,
+            "depths": (1, 3, 2),
+            "num_heads": (2, 3, 4),
+        },
+        {"ape": True, "img_size": 24},
+    ],
+)
+def test_arguments_are_read_off_the_shapes(tmp_path, upsampler, upscale, extra):
+    net = lively(SwinIR(**TINY | {"upsampler": upsampler, "upscale": upscale} | extra))
+    x = torch.rand(1, net.conv_first.in_channels, 19, 26)
+    want = net(x).detach()
+    foreign = {f"module._orig_mod.{k}": v for k, v in net.state_dict().items()}
+    for wrapped in (
+        foreign,
+        {"params": foreign},
+        {"state_dict": foreign, "iter": 1},
+        {"params-ema": foreign},
+    ):
+        torch.save(wrapped, tmp_path / "net.pth")
+        got = load(tmp_path / "net.pth")
+        assert not got.training
+        assert torch.equal(got(x), want)
+    if "depths" not in extra:  # where layers have no second block, nothing tells the training size
+        assert got.arguments | {"mlp_ratio": 0} == net.arguments | {"mlp_ratio": 0}
+    assert torch.equal(load(saved(tmp_path / "ours.pth", net))(x), want)
+    assert load(tmp_path / "ours.pth").arguments == net.arguments
+
+
+def test_param_key_chooses_the_weights(tmp_path):
+    a, b = lively(SwinIR(**TINY), 1), lively(SwinIR(**TINY), 2)
+    saved(tmp_path / "n.pth", a, params=portable(b.state_dict()))
+    x = torch.rand(1, 3, 16, 16)
+    assert torch.equal(load(tmp_path / "n.pth")(x), a(x))
+    assert torch.equal(load(tmp_path / "n.pth", "params")(x), b(x))
+
+
+def test_files_are_small_and_copies(tmp_path):
+    small = dict(img_size=40, window_size=8, embed_dim=48, depths=(2, 2, 2), num_heads=(3, 3, 3), mlp_ratio=2)
+    net = SwinIR(**small, upscale=1)
+    net.compile()
+    both = {k: portable(net.state_dict()) for k in ("params", "params_ema")}
+    torch.save(both, tmp_path / "net.pth")
+    bytes_ = 2 * 4 * sum(p.numel() for p in net.parameters())
+    assert (tmp_path / "net.pth").stat().st_size <= 1.15 * bytes_
+    before = both["params"]["norm.weight"].clone()
+    with torch.no_grad():
+        net.norm.weight.add_(1)
+    assert torch.equal(both["params"]["norm.weight"], before)
+    back = torch.load(tmp_path / "net.pth")["params"]
+    for k, v in net.state_dict().items():
+        assert back[k].is_contiguous()
+        if k.endswith(model.BUFFERS):
+            assert torch.equal(back[k].to(v.dtype), v)
+
+
+def test_files_of_other_sizes_and_without_buffers_load():
+    a, b = lively(SwinIR(**TINY)), SwinIR(**TINY | {"img_size": 48}).eval()
+    bare = {k: v for k, v in a.state_dict().items() if not k.endswith(model.BUFFERS)}
+    for weights in (a.state_dict(), bare, portable(a.state_dict())):
+        b.load_state_dict(weights, strict=True)
+        assert b.state_dict()["layers.0.residual_group.blocks.1.attn_mask"].shape[0] == 36
+    x = torch.rand(1, 3, 30, 20)
+    assert torch.equal(a(x), b(x))
+    with pytest.raises(RuntimeError, match=r"norm\.weight"):
+        b.load_state_dict({k: v for k, v in bare.items() if k != "norm.weight"})
+
+
+def test_fine_tuning_says_what_was_taken(tmp_path):
+    x2 = lively(SwinIR(**TINY | {"upsampler": "pixelshuffledirect", "upscale": 2}))
+    net = SwinIR(**TINY | {"upsampler": "pixelshuffledirect", "upscale": 3, "in_chans": 1})
+    path = saved(tmp_path / "x2.pth", x2)
+    n = len(list(net.parameters()))
+    said = load_weights(net, path, strict=False)
+    assert (
+        said == f"{n - 3} of {n} tensors taken; left: conv_first.weight, upsample.0.weight, upsample.0.bias"
+    )
+    assert torch.equal(net.norm.weight, x2.norm.weight)
+    with pytest.raises(ValueError, match=r"x2\.pth: .*conv_first\.weight"):
+        load_weights(net, path)
+    assert load_weights(SwinIR(**x2.arguments), path) == f"{n} of {n} tensors taken"
+    torch.save({k: torch.zeros(3) for k in net.state_dict()}, path)
+    with pytest.raises(ValueError, match=f"0 of {n}"):
+        load_weights(net, path, strict=False)
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, ("trapped",)
+
+
+def hostile_checkpoints(folder):
+    good = saved(folder / "good.pth", SwinIR(**TINY)).read_bytes()
+    (folder / "short.pth").write_bytes(good[: len(good) // 2])
+    (folder / "empty.pth").write_bytes(b"")
+    (folder / "text.pth").write_text("<html>not found</html>")
+    (folder / "folder.pth").mkdir()
+    torch.save({"params": Trap()}, folder / "code.pth")
+    torch.save([1, 2], folder / "list.pth")
+    torch.save({"params": {"a": torch.zeros(1)}}, folder / "other.pth")
+    state = SwinIR(**TINY).state_dict()
+    torch.save(state | {"conv_first.weight": torch.zeros(5)}, folder / "shape.pth")
+    torch.save({"params": state, "arguments": {"embed_dim": 10**9, "foo": 1}}, folder / "arguments.pth")
+    torch.save({"params": {k: v for k, v in state.items() if "table" not in k}}, folder / "missing.pth")
+    torch.save({"params": {"conv_first.weight": torch.zeros(4, 3, 3, 3)}}, folder / "lone.pth")
+    return [p for p in sorted(folder.glob("*.pth")) if p.name != "good.pth"] + [folder / "none.pth"]
+
+
+def test_what_is_no_checkpoint_is_refused_in_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in hostile_checkpoints(tmp_path):
+        with pytest.raises(ValueError) as e:
+            load(path)
+        assert str(e.value).startswith(f"{path}: "), path
+        assert "\n" not in str(e.value)
+    assert not Path("trapped").exists()
+
+
+# ---- the same through other programs: SWINIR_PATH, BASICSR_PATH name clones; spandrel if installed ----
+
+
+def peer(name, monkeypatch):
+    if name == "spandrel":
+        return pytest.importorskip("spandrel.architectures.SwinIR").SwinIR
+    folder = os.environ.get({"official": "SWINIR_PATH", "BasicSR": "BASICSR_PATH"}[name])
+    if not folder:
+        pytest.skip(f"no clone of {name} named")
+    file = {"official": "models/network_swinir.py", "BasicSR": "basicsr/archs/swinir_arch.py"}[name]
+    source = (Path(folder) / file).read_text()
+    helpers = "to_2tuple = lambda x: x if isinstance(x, (tuple, list)) else (x, x)\n"
+    helpers += (
+        "from torch import nn\nfrom torch.nn.init import trunc_normal_\nDropPath = lambda p: nn.Identity()\n"
+    )
+    helpers += "class ARCH_REGISTRY:\n    register = staticmethod(lambda: lambda c: c)\n"
+    lines = [
+        s for s in source.splitlines() if not s.startswith(("from timm", "from basicsr", "from .arch_util"))
+    ]
+    space = {"__name__": "peer"}
+    exec(helpers + "\n".join(lines), space)
+    return space["SwinIR"]
+
+
+@pytest.mark.parametrize("upsampler, upscale", HEADS)
+@pytest.mark.parametrize("name", ["official", "BasicSR", "spandrel"])
+def test_files_go_both_ways(name, upsampler, upscale, monkeypatch, tmp_path):
+    Theirs = peer(name, monkeypatch)
+    if (upsampler, upscale) == ("nearest+conv", 2) and name != "spandrel":
+        pytest.skip("only ours")
+    arguments = TINY | {"upsampler": upsampler, "upscale": upscale, "img_size": 48}
+    ours, theirs = lively(SwinIR(**arguments)), lively(Theirs(**arguments), 1).eval()
+    path = saved(tmp_path / "ours.pth", ours)
+    theirs_file = tmp_path / "theirs.pth"
+    torch.save({"params": theirs.state_dict()}, theirs_file)
+    loaded = load(theirs_file)
+    assert loaded.arguments["img_size"] == 48
+    wide = SwinIR(**arguments | {"img_size": 64}).eval()
+    wide.load_state_dict(theirs.state_dict(), strict=True)
+    reloaded = Theirs(**arguments)
+    reloaded.load_state_dict(torch.load(path)["params_ema"], strict=True)
+    reloaded.eval()
+    if name == "spandrel":
+        from spandrel import ModelLoader
+
+        reloaded = ModelLoader().load_from_file(path).model.eval()
+    with torch.inference_mode():
+        for size in ((5, 5), (8, 8), (16, 24), (37, 61), (200, 133)):
+            if name == "BasicSR":  # takes multiples of the window only
+                size = tuple(-(-n // 8) * 8 for n in size)
+            x = torch.rand(1, 3, *size)
+            assert (loaded(x) - theirs(x)).abs().max() < 1e-5, size
+            assert (wide(x) - theirs(x)).abs().max() < 1e-5, size
+            assert (ours(x) - reloaded(x)).abs().max() < 1e-5, size
+
+
+# ---- restoring ----
+
+
+@pytest.mark.parametrize("upsampler, upscale", HEADS)
+def test_one_pixel_is_enough(upsampler, upscale):
+    net = lively(SwinIR(**TINY | {"upsampler": upsampler, "upscale": upscale}))
+    for size in ((1, 1), (1, 9), (7, 3)):
+        assert restore(net, torch.rand(1, 3, *size)).shape[2:] == (size[0] * upscale, size[1] * upscale)
+
+
+def test_identity_is_exact_for_every_size_tile_and_overlap():
+    for in_chans in (1, 3):
+        net = identity(in_chans=in_chans)
+        for size in ((1, 1), (7, 40), (33, 17), (64, 50)):
+            x = torch.randint(256, (1, in_chans, *size)) / 255
+            for tile in (None, 1, 8, 16, 30, 64):
+                for overlap in (0, 5, 8, 17, 1000):
+                    y = restore(net, x, tile, overlap)
+                    assert torch.allclose(y, x, rtol=0, atol=1e-6) and y.shape == x.shape
+                    assert in_chans == 3 or torch.equal(y, x)
+            assert torch.allclose(restore(net, x, 16, 8, ensemble=True), x, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("upsampler, upscale", [("", 1), ("pixelshuffledirect", 2)])
+def test_tiles_are_the_whole_where_overlap_covers_the_receptive_field(upsampler, upscale):
+    net = lively(
+        SwinIR(**TINY | {"depths": (2,), "num_heads": (2,), "upsampler": upsampler, "upscale": upscale})
+    )
+    x = torch.rand(2, 3, 150, 131)  # two blocks see 7 pixels each, the convolutions another 5
+    whole = restore(net, x)
+    assert torch.equal(whole, net(x).detach())
+    for tile, overlap in ((80, 40), (96, 48), (200, 32), (104, 40)):
+        assert (restore(net, x, tile, overlap) - whole).abs().max() < 1e-5
+    seams = restore(net, x, 48, 8)
+    for dim in (2, 3):
+        step = seams.diff(dim=dim).abs().amax([d for d in range(4) if d != dim])
+        at = torch.zeros(len(step), dtype=torch.bool)
+        for start in range(40, x.shape[dim], 40):
+            at[start * upscale - 1 : (start + 8) * upscale] = True
+        assert step[at].max() <= step[~at].max()
+
+
+def test_ensemble_is_the_mean_over_symmetries():
+    net, x = lively(SwinIR(**TINY)), torch.rand(1, 3, 20, 31)
+    want = torch.zeros_like(x)
+    with torch.no_grad():
+        for k in range(4):
+            want += net(x.rot90(k, (2, 3))).rot90(-k, (2, 3)) / 8
+            want += net(x.flip(3).rot90(k, (2, 3))).rot90(-k, (2, 3)).flip(3) / 8
+    assert torch.allclose(restore(net, x, ensemble=True), want, atol=1e-6)
+
+
+def test_out_of_memory_halves_the_tile_and_says_so():
+    class Small(SwinIR):
+        def forward(self, x):
+            if x.shape[2] * x.shape[3] > 24 * 24:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(x)
+
+    net, plain = Small(**TINY).eval(), SwinIR(**TINY).eval()
+    plain.load_state_dict(net.state_dict())
+    x = torch.rand(1, 3, 60, 50)
+    with pytest.warns(RuntimeWarning, match="tiles of 16 pixels"):
+        y = restore(net, x, overlap=8)
+    assert torch.equal(y, restore(plain, x, 16, 8))
+    with pytest.raises(torch.OutOfMemoryError):
+        restore(
+            type("None_", (Small,), {"forward": lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError())})(
+                **TINY
+            ),
+            x,
+        )
+
+
+def test_nonsense_tiles_are_refused():
+    for tile, overlap in ((0, 8), (-8, 8), (16, -1)):
+        with pytest.raises(ValueError, match="tile"):
+            restore(identity(), torch.rand(1, 3, 8, 8), tile, overlap)
+
+
+def test_training_after_restoring_and_some_windows_at_a_time_agree():
+    net, x = lively(SwinIR(**TINY)), torch.rand(2, 3, 72, 88)
+    y = restore(net, x)  # under inference mode, with the geometry cached
+    net.train()
+    assert (net(x) - y).abs().mean().backward() is None
+    net.eval()
+    assert torch.allclose(net(x).detach(), y, atol=1e-6)
+
+
+# ---- image files and the command ----
+
+
+def run(*arguments, cwd=None):
+    file = Path(model.__file__)
+    return subprocess.run(
+        [sys.executable, file, *map(str, arguments)], cwd=cwd, capture_output=True, text=True
+    )
+
+
+def pictures(folder):
+    """Images of every kind, and what each must come out as through an identity network."""
+    rng, want = np.random.default_rng(0), {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for c in (1, 2, 3, 4):
+        for dtype in (np.uint8, np.uint16):
+            pixels = rng.integers(0, np.iinfo(dtype).max, (13, 21, c), dtype, endpoint=True)
+            write_png(folder / f"{c}x{dtype.__name__}.png", pixels)
+            want[f"{c}x{dtype.__name__}.png"] = pixels
+    rgb = Image.fromarray(want["3xuint8.png"])
+    for name, im, options in (
+        ("one.png", Image.fromarray(want["1xuint8.png"][..., 0]).convert("1"), {}),
+        ("palette.png", rgb.quantize(64), {}),
+        ("cmyk.tif", rgb.convert("CMYK"), {}),
+        ("gray.bmp", Image.fromarray(want["1xuint8.png"][..., 0]), {}),
+        ("clear.png", rgb.quantize(16), {"transparency": 3}),
+        ("photo.webp", rgb, {"lossless": True}),
+    ):
+        im.save(folder / name, **options)
+        mode = {"1": "L", "L": "L"}.get(im.mode, "RGBA" if options.get("transparency") else "RGB")
+        pixels = np.asarray(Image.open(folder / name).convert(mode))
+        want[name] = pixels if pixels.ndim == 3 else pixels[..., None]
+    for turn in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        rgb.save(folder / f"turn{turn}.png", exif=exif)
+    p = want["3xuint8.png"]
+    turned = [p, p[:, ::-1], p[::-1, ::-1], p[::-1], p.transpose(1, 0, 2), np.rot90(p, -1)]
+    turned += [np.rot90(p, 2).transpose(1, 0, 2), np.rot90(p)]
+    return want | {f"turn{i + 1}.png": t for i, t in enumerate(turned)}
+
+
+def test_own_png_is_read_alike_by_pillow(tmp_path):
+    for name, pixels in pictures(tmp_path).items():
+        got = read(tmp_path / name)
+        assert got.dtype == pixels.dtype and np.array_equal(got, pixels), name
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "4xuint8.png")), read(tmp_path / "4xuint8.png"))
+    assert np.array_equal(
+        np.asarray(Image.open(tmp_path / "3xuint16.png")), read(tmp_path / "3xuint16.png") >> 8
+    )
+
+
+def test_deep_tiff_is_read_or_refused(tmp_path):
+    cv2 = pytest.importorskip("cv2")
+    for compression in (1, 5):
+        for c in (1, 3, 4):
+            pixels = np.random.default_rng(0).integers(0, 65536, (9, 7, c), np.uint16)
+            bgr = pixels[..., [2, 1, 0, 3][:c]] if c > 1 else pixels
+            cv2.imwrite(str(tmp_path / "x.tif"), bgr, [cv2.IMWRITE_TIFF_COMPRESSION, compression])
+            assert np.array_equal(read(tmp_path / "x.tif"), pixels), (compression, c)
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "f.tif")
+    with pytest.raises(ValueError, match="mode F"):
+        read(tmp_path / "f.tif")
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_every_kind_of_image_comes_through_unchanged(tmp_path, in_chans):
+    want = pictures(tmp_path / "in" / "deep")
+    net = saved(tmp_path / "net.pth", identity(in_chans=in_chans))
+    done = run(net, tmp_path / "in", tmp_path / "out", "--tile=8", "--device=cpu")
+    assert done.returncode == 0, done.stderr
+    for name, pixels in want.items():
+        got = read((tmp_path / "out" / "deep" / name).with_suffix(".png"))
+        assert got.dtype == pixels.dtype and np.array_equal(got, pixels), name
+    assert len(list((tmp_path / "out").rglob("*.*"))) == len(want)
+
+
+def test_alpha_is_resized(tmp_path):
+    net = lively(SwinIR(**TINY | {"upsampler": "pixelshuffledirect", "upscale": 2}))
+    pixels = np.full((6, 9, 4), 200, np.uint8)
+    got = model.restore_pixels(net, pixels)
+    assert got.shape == (12, 18, 4) and (got[..., 3] == 200).all()
+    assert model.restore_pixels(net, pixels[..., :1]).shape == (12, 18, 1)
+
+
+def test_one_file_alone_in_a_folder(tmp_path):
+    shutil.copy(model.__file__, tmp_path)
+    write_png(tmp_path / "a.png", np.full((9, 9, 3), 7, np.uint8))
+    saved(tmp_path / "net.pth", identity())
+    command = [
+        sys.executable,
+        "model.py",
+        "net.pth",
+        "a.png",
+        "b.png",
+        "--ensemble",
+        "--bf16",
+        "--device=cpu",
+    ]
+    assert subprocess.run(command, cwd=tmp_path).returncode == 0
+    assert (read(tmp_path / "b.png") == 7).all()
+
+
+def bomb(path):
+    """A PNG that claims 60,000 x 60,000 pixels."""
+    data = b"\x89PNG\r\n\x1a\n"
+    header = struct.pack(">2I5B", 60000, 60000, 8, 2, 0, 0, 0)
+    for name, body in ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")):
+        data += struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    path.write_bytes(data)
+
+
+def test_broken_images_are_named_and_the_rest_goes_on(tmp_path):
+    folder = tmp_path / "in"
+    write_png(folder / "a" / "good.png", np.full((9, 9, 3), 7, np.uint8))
+    Image.new("L", (5, 4), 9).save(folder / "a" / "good.bmp")
+    write_png(folder / ".hidden" / "h.png", np.zeros((2, 2, 1), np.uint8))
+    bomb(folder / "bomb.png")
+    (folder / "x.png").mkdir()
+    (folder / "zero.jpg").write_bytes(b"")
+    short = (folder / "a" / "good.png").read_bytes()
+    (folder / "short.png").write_bytes(short[: len(short) // 2])
+    (folder / "notes.txt").write_text("no image")
+    done = run(saved(tmp_path / "net.pth", identity()), folder, tmp_path / "out", "--device=cpu")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    for name in ("bomb.png", "x.png", "zero.jpg", "short.png"):
+        assert len([s for s in done.stderr.splitlines() if f"in/{name}: " in s]) == 1, done.stderr
+    found = sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file())
+    assert found == ["a/good.bmp.png", "a/good.png.png"]
+
+
+def test_a_users_mistakes_are_said_in_a_sentence(tmp_path):
+    net, image = saved(tmp_path / "net.pth", identity()), tmp_path / "a" / "a.png"
+    write_png(image, np.zeros((9, 9, 3), np.uint8))
+    before = image.read_bytes()
+    (tmp_path / "empty").mkdir()
+    for arguments, said in (
+        ((net, tmp_path / "a", tmp_path / "a"), "must not lie in"),
+        ((net, tmp_path / "a", tmp_path / "a" / "out"), "must not lie in"),
+        ((net, image, image), "overwrite"),
+        ((net, tmp_path / "empty", tmp_path / "out"), "holds no images"),
+        ((net, tmp_path / "none.png", tmp_path / "out"), "none.png"),
+        ((tmp_path / "none.pth", image, tmp_path / "out"), "none.pth: No such file"),
+        ((image, image, tmp_path / "out"), "a.png: "),
+        ((net, image, tmp_path / "out", "--device=cuda:77"), ""),
+        ((net, image, tmp_path / "out", "--device=nonsense"), ""),
+        ((net, image, tmp_path / "out", "--tile=0"), "tile 0"),
+        ((net, image), "INPUT OUTPUT"),
+    ):
+        done = run(*arguments)
+        assert done.returncode in (1, 2) and said in done.stderr, (arguments, done.stderr)
+        assert "Traceback" not in done.stderr, done.stderr
+    assert image.read_bytes() == before
+
+
+@pytest.mark.skipif(
+    find_spec("onnx") is None or find_spec("onnxruntime") is None, reason="needs onnx, onnxruntime"
+)
+@pytest.mark.parametrize("upsampler, upscale", [*HEADS[:2], *HEADS[-3:]])
+def test_onnx_is_the_network_at_any_size(tmp_path, upsampler, upscale):
+    import onnxruntime
+
+    net = lively(SwinIR(**TINY | {"upsampler": upsampler, "upscale": upscale}))
+    assert "of PyTorch at two sizes" in model.export_onnx(net, tmp_path / "net.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    for shape in ((1, 3, 8, 8), (1, 3, 5, 70), (3, 3, 41, 33)):
+        x = torch.rand(shape)
+        assert abs(session.run(None, {"input": x.numpy()})[0] - net(x).detach().numpy()).max() < 1e-5
+
+
+@pytest.mark.skipif(find_spec("onnx") is None, reason="needs onnx")
+def test_onnx_by_command(tmp_path):
+    done = run(saved(tmp_path / "net.pth", identity()), "--onnx", tmp_path / "net.onnx")
+    assert done.returncode == 0 and "opset 18" in done.stdout, done.stderr
+    assert len(done.stderr.splitlines()) == 0, done.stderr
+
+
+def test_onnx_missing_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(model, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install onnx"):
+        model.export_onnx(identity(), tmp_path / "net.onnx")
