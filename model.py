@@ -429,7 +429,7 @@ def blend(out: Tensor, part: Tensor, start: int, lap: int, dim: int) -> None:
     out.narrow(dim, start, part.shape[dim]).copy_(part)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def restore(net: SwinIR, image: Tensor, tile: int | None = None, overlap=32, ensemble=False) -> Tensor:
     """The network's output for a float image (B, C, H, W) in [0, 1] of any size, on the image's device.
 
@@ -463,25 +463,23 @@ def restore(net: SwinIR, image: Tensor, tile: int | None = None, overlap=32, ens
             if size == w or not (isinstance(e, torch.OutOfMemoryError) or "out of memory" in str(e)):
                 raise
         size = size // 2 // w * w
-        warnings.warn(f"out of memory: going on with tiles of {size} pixels", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"out of memory: going on with tiles of {size} pixels", stacklevel=3)
 
 
 def read(path: Path) -> np.ndarray:
     """An image file as (H, W, C) uint8 or uint16, upright: C is 1 gray, 2 gray alpha, 3 RGB, 4 RGB alpha."""
     with Image.open(path) as im, Image.open(path) as low:
-        raw = next((t[3] if isinstance(t[3], str) else str(t[3][0]) for t in im.tile), "")
+        raw = im.tile[0].args if im.tile else ""
+        raw = raw if isinstance(raw, str) else str(raw[0])
         if im.mode in ("RGB", "RGBA") and ";16" in raw:
             # Pillow keeps the high bytes only: decode again as if the bytes came in the other order
             other = "RGBA" if raw == "LA;16B" else raw[:-1] + ("L" if raw[-1] == "B" else "B")
-            low.tile = [(*t[:3], other if isinstance(t[3], str) else (other, *t[3][1:])) for t in low.tile]
+            args = other if isinstance(im.tile[0].args, str) else (other, *im.tile[0].args[1:])
+            low.tile = [t._replace(args=args) for t in low.tile]
             high, low = (np.asarray(ImageOps.exif_transpose(i)).astype(np.uint16) for i in (im, low))
             return low[..., ::2] << 8 | low[..., 1::2] if other == "RGBA" else high << 8 | low
         deep = im.mode[0] == "I"
-        if (
-            im.mode == "F"
-            or ";16" in raw > deep
-            or (deep and not 0 <= min(im.getextrema()) <= max(im.getextrema()) < 2**16)
-        ):
+        if im.mode == "F" or (";16" in raw and not deep) or (deep and max(map(abs, im.getextrema())) >> 16):
             raise ValueError(f"can't be read exactly (mode {im.mode}, {raw}): convert it to 16-bit RGB first")
         mode = ("L" if im.mode in ("1", "L", "LA") else "RGB") + "A" * im.has_transparency_data
         im = ImageOps.exif_transpose(im)
@@ -545,7 +543,10 @@ def export_onnx(net: SwinIR, path: Path) -> str:
 def jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
     """(input, output) files; of inputs that differ by suffix only, the outputs keep it before the .png."""
     if not source.is_dir():
-        return [(source, target if target.suffix.lower() == ".png" else target / f"{source.stem}.png")]
+        target = target if target.suffix.lower() == ".png" else target / f"{source.stem}.png"
+        if target.resolve() == source.resolve():
+            raise ValueError(f"{target}: the output would overwrite the input")
+        return [(source, target)]
     if source.resolve() in (target.resolve(), *target.resolve().parents):
         raise ValueError(f"{target}: the output must not lie in the input folder")
     found = [p for p in sorted(source.rglob("*")) if p.suffix.lower() in KINDS]

@@ -18,12 +18,29 @@ from PIL import Image
 import model
 from model import SwinIR, load, load_weights, portable, read, restore, write_png
 
-TINY = dict(img_size=16, window_size=8, embed_dim=12, depths=(2, 2), num_heads=(2, 2), mlp_ratio=2, upscale=1)
+TINY = {
+    "img_size": 16,
+    "window_size": 8,
+    "embed_dim": 12,
+    "depths": (2, 2),
+    "num_heads": (2, 2),
+    "mlp_ratio": 2,
+    "upscale": 1,
+}
 HEADS = [("", 1), ("pixelshuffle", 2), ("pixelshuffle", 3), ("pixelshuffle", 4), ("pixelshuffledirect", 3)]
 HEADS += [("nearest+conv", 2), ("nearest+conv", 4)]
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted((GOLDEN / "model").glob("*.npz"))
 PUBLISHED = json.loads((GOLDEN / "published_networks.json").read_text())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Networks this small only wait for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def golden_network(path, **overrides):
@@ -149,7 +166,14 @@ def test_param_key_chooses_the_weights(tmp_path):
 
 
 def test_files_are_small_and_copies(tmp_path):
-    small = dict(img_size=40, window_size=8, embed_dim=48, depths=(2, 2, 2), num_heads=(3, 3, 3), mlp_ratio=2)
+    small = {
+        "img_size": 40,
+        "window_size": 8,
+        "embed_dim": 48,
+        "depths": (2, 2, 2),
+        "num_heads": (3, 3, 3),
+        "mlp_ratio": 2,
+    }
     net = SwinIR(**small, upscale=1)
     net.compile()
     both = {k: portable(net.state_dict()) for k in ("params", "params_ema")}
@@ -298,10 +322,10 @@ def test_one_pixel_is_enough(upsampler, upscale):
 def test_identity_is_exact_for_every_size_tile_and_overlap():
     for in_chans in (1, 3):
         net = identity(in_chans=in_chans)
-        for size in ((1, 1), (7, 40), (33, 17), (64, 50)):
+        for size in ((1, 1), (7, 40), (33, 29)):
             x = torch.randint(256, (1, in_chans, *size)) / 255
-            for tile in (None, 1, 8, 16, 30, 64):
-                for overlap in (0, 5, 8, 17, 1000):
+            for tile in (None, 8, 20, 40):
+                for overlap in (0, 9, 1000):
                     y = restore(net, x, tile, overlap)
                     assert torch.allclose(y, x, rtol=0, atol=1e-6) and y.shape == x.shape
                     assert in_chans == 3 or torch.equal(y, x)
@@ -318,13 +342,18 @@ def test_tiles_are_the_whole_where_overlap_covers_the_receptive_field(upsampler,
     assert torch.equal(whole, net(x).detach())
     for tile, overlap in ((80, 40), (96, 48), (200, 32), (104, 40)):
         assert (restore(net, x, tile, overlap) - whole).abs().max() < 1e-5
-    seams = restore(net, x, 48, 8)
+    y, x = torch.meshgrid(torch.linspace(0, 6, 150), torch.linspace(0, 5, 131), indexing="ij")
+    x = (0.5 + 0.2 * torch.stack([y.sin(), x.cos(), (x * y).sin()]))[None]
+    tiled, whole = restore(net, x, 48, 8), restore(net, x)
     for dim in (2, 3):
-        step = seams.diff(dim=dim).abs().amax([d for d in range(4) if d != dim])
-        at = torch.zeros(len(step), dtype=torch.bool)
-        for start in range(40, x.shape[dim], 40):
-            at[start * upscale - 1 : (start + 8) * upscale] = True
-        assert step[at].max() <= step[~at].max()
+        at = [
+            i
+            for i in range(1, x.shape[dim] * upscale)
+            if i >= 40 * upscale and i % (40 * upscale) <= 8 * upscale
+        ]
+        step, usual = (v.diff(dim=dim).abs().amax([d for d in range(4) if d != dim]) for v in (tiled, whole))
+        at = torch.tensor(at) - 1
+        assert step[at].max() <= 1.05 * usual[at].max()
 
 
 def test_ensemble_is_the_mean_over_symmetries():
@@ -347,7 +376,7 @@ def test_out_of_memory_halves_the_tile_and_says_so():
     net, plain = Small(**TINY).eval(), SwinIR(**TINY).eval()
     plain.load_state_dict(net.state_dict())
     x = torch.rand(1, 3, 60, 50)
-    with pytest.warns(RuntimeWarning, match="tiles of 16 pixels"):
+    with pytest.warns(UserWarning, match="tiles of 16 pixels"):
         y = restore(net, x, overlap=8)
     assert torch.equal(y, restore(plain, x, 16, 8))
     with pytest.raises(torch.OutOfMemoryError):
