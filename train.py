@@ -27,6 +27,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
@@ -44,6 +45,8 @@ class Config:
     resume: Literal["auto", "never"] = "auto"  # never: the old folder is moved to <name>_archived_<time>
     eval_only: bool = False  # validate pretrain_network, or the last checkpoint, and stop
     max_hours: float | None = None  # save and stop after this time; None: no limit
+    amp: Literal["auto", "bf16", "fp16", "tf32", "none"] = "auto"  # auto: bf16 where computed by hardware
+    compile: Literal["auto", "on", "off"] = "auto"  # auto: on for CUDA on Linux
     # data: folders or files made by data.py pack; several are separated by commas
     dataroot_gt: str | tuple | None = None  # clean images; None: synthetic ones
     dataroot_lq: str | tuple | None = None  # their degraded partners; None: made by `degradation`
@@ -56,7 +59,7 @@ class Config:
     gt_size: int = 128  # side of the ground-truth patch in pixels
     use_hflip: bool = True  # horizontal flips
     use_rot: bool = True  # vertical flips and transpositions: with use_hflip, all eight symmetries
-    num_workers: int | None = None  # loader processes per rank; None: 8 at most on a GPU, 1 on a CPU
+    num_workers: int = 4  # loader processes per rank
     # network: SwinIR-M
     scale: int = 1  # upscaling factor
     in_chans: Literal[3, 1] = 3  # 3: RGB, 1: gray
@@ -98,30 +101,16 @@ class Config:
     print_freq: int = 100
     save_checkpoint_freq: int = 5000
     keep_last: int = 3  # checkpoints kept besides the best weights; 0: all
-    # speed
-    amp: Literal["auto", "bf16", "fp16", "none"] = "auto"  # auto: bf16 where the hardware computes in it
-    compile: Literal["auto", "on", "off"] = "auto"  # auto: on for CUDA on Linux
-    tf32: bool = True  # TensorFloat-32 for the float32 products of CUDA
 
 
 # ---- options: defaults, then config files, then --key=value ----
 
-HINTS = get_type_hints(Config)
-FROM_1 = "scale gt_size embed_dim window_size batch_size accumulate total_iters print_freq quality depths "
-FROM_1 += "num_heads milestones save_checkpoint_freq"
-BASICSR = {"total_iter": "total_iters", "num_worker_per_gpu": "num_workers", "manual_seed": "seed"}
-BASICSR |= {"batch_size_per_gpu": "batch_size", "warmup_iter": "warmup_iters"}
-BASICSR |= {
-    "pretrain_network_g": "pretrain_network",
-    "param_key_g": "param_key",
-    "strict_load_g": "strict_load",
-}
-
 
 def coerce(value: Any, name: str, source: str) -> Any:
     """`value` as Config declares it, or SystemExit. From the command line it comes as text."""
-    choices = get_args(HINTS[name]) if get_origin(HINTS[name]) is Literal else ()
-    kinds = {type(choice) for choice in choices} or set(get_args(HINTS[name])) or {HINTS[name]}
+    hint = get_type_hints(Config)[name]
+    choices = get_args(hint) if get_origin(hint) is Literal else ()
+    kinds = {type(choice) for choice in choices} or set(get_args(hint)) or {hint}
     if source.startswith("-") and str in kinds:
         value = None if value == "None" and type(None) in kinds else value
         value = tuple(value.split(",")) if value and tuple in kinds and "," in value else value
@@ -132,7 +121,7 @@ def coerce(value: Any, name: str, source: str) -> Any:
     if type(value) is int and int not in kinds and float in kinds and abs(value) < 2**63:
         value = float(value)
     if type(value) not in kinds or (choices and value not in choices):
-        wanted = " or ".join(map(repr, choices)) or inspect.formatannotation(HINTS[name])
+        wanted = " or ".join(map(repr, choices)) or inspect.formatannotation(hint)
         raise SystemExit(f"{source}: {name} must be {wanted}, not {value!r:.60} ({type(value).__name__})")
     return value
 
@@ -142,8 +131,7 @@ def load_config(argv: list[str]) -> Config:
     cfg = Config()
     for arg in sorted(argv, key=lambda arg: arg.startswith("-")):  # files first
         if arg in ("-h", "--help"):
-            print(f"{__doc__}\nOptions, in a config file or as --key=value:\n\n{inspect.getsource(Config)}")
-            raise SystemExit
+            raise SystemExit(print(f"{__doc__}\nAll options:\n\n{inspect.getsource(Config)}"))
         key, equals, text = arg.lstrip("-").partition("=")
         pairs = {key.replace("-", "_"): text}
         if not arg.startswith("-"):
@@ -155,8 +143,8 @@ def load_config(argv: list[str]) -> Config:
         elif not equals:
             raise SystemExit(f"{arg}: options are written as --key=value")
         for key, value in pairs.items():
-            if key not in HINTS:
-                near = [BASICSR[key]] if key in BASICSR else difflib.get_close_matches(key, HINTS, 1)
+            if key not in vars(cfg):
+                near = ["seed"] if key == "manual_seed" else difflib.get_close_matches(key, vars(cfg), 1)
                 advice = f"did you mean {near[0]}?" if near else "python train.py --help lists them all"
                 raise SystemExit(f"{arg}: unknown option {key}; {advice}")
             setattr(cfg, key, coerce(value, key, arg))
@@ -174,19 +162,19 @@ def check(cfg: Config) -> None:
     for name, value in vars(cfg).items():
         numbers = [v for v in (value if isinstance(value, tuple) else [value]) if type(v) in (int, float)]
         need(type(value) is not tuple or "_" in name or len(numbers) == len(value), name, "numbers, as 6,6")
-        low = int(name in FROM_1.split())
+        default = getattr(Config, name)  # what is at least 1 by default makes no sense at 0
+        low = int(
+            type(default) is int and default > 0 and name not in ("num_workers", "val_freq", "keep_last")
+        )
         need(all(low <= v < 2**63 for v in numbers), name, f"finite and at least {low}")
-    for name in ("sigma", "quality", "betas"):
-        fine = isinstance(v := getattr(cfg, name), float) or (len(v) == 2 and v[0] <= v[1])
-        need(fine, name, "two ascending numbers, or (but betas) one")
-    for name in ("drop_path_rate", "ema_decay", "betas"):
-        need(np.all(np.array(getattr(cfg, name)) < 1), name, "below 1")
-    need(cfg.depths and all(type(v) is int for v in cfg.depths + cfg.num_heads), "depths", "whole numbers")
+    need(len(cfg.betas) == 2, "betas", "two numbers")
+    need(max(cfg.ema_decay, cfg.drop_path_rate, *cfg.betas) < 1, "betas", "below 1, as the EMA's decay is")
+    whole = all(type(v) is int and v > 0 for v in cfg.depths + cfg.num_heads)
+    need(cfg.depths and whole, "depths", "positive whole numbers, and so num_heads")
     need(cfg.name == Path(cfg.name).name and cfg.name.isprintable(), "name", "the name of a folder")
     need(cfg.gt_size % cfg.scale == 0, "gt_size", f"a multiple of scale={cfg.scale}")
     need((cfg.upsampler == "") == (cfg.scale == 1), "upsampler", f"'' for scale 1 only, not for {cfg.scale}")
-    made = cfg.scale == 1 or cfg.degradation == "bicubic"
-    need(made or cfg.dataroot_lq, "degradation", f"bicubic for scale={cfg.scale}, or dataroot_lq be given")
+    need(cfg.scale == 1 or cfg.dataroot_lq or cfg.degradation == "bicubic", "degradation", "bicubic for SR")
 
 
 def options_of(function: Any, cfg: Config) -> dict[str, Any]:
@@ -195,7 +183,7 @@ def options_of(function: Any, cfg: Config) -> dict[str, Any]:
 
 
 def lr_at(it: int, cfg: Config) -> float:
-    """Learning rate of iteration `it`, from 1 on. A milestone m acts from iteration m + 1 on, as in BasicSR."""
+    """Learning rate of iteration `it` >= 1. A milestone m acts from iteration m + 1 on, as in BasicSR."""
     if it < cfg.warmup_iters:
         return cfg.lr * it / cfg.warmup_iters
     if cfg.scheduler == "cosine":
@@ -214,17 +202,15 @@ def hardware(cfg: Config, world: int) -> tuple[torch.device, str, int]:
     bf16 = kind == "cpu" and any(getattr(torch.cpu, name, bool)() for name in private)
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, cfg.tf32
-        torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, cfg.amp != "none"
+        torch.set_float32_matmul_precision("highest" if cfg.amp == "none" else "high")
         bf16 = torch.cuda.get_device_capability() >= (8, 0)
-    share = max(cfg.batch_size // world, 1)
     kept = 4 * 17 * cfg.embed_dim * sum(cfg.depths) * (cfg.gt_size / cfg.scale) ** 2  # bytes a sample, about
+    share = cfg.batch_size // world
     accumulate = cfg.accumulate or (share if kind == "cpu" and share * kept > 4e9 else 1)
-    if cfg.batch_size % (world * accumulate):
-        ranks = f"{world} ranks x {accumulate} micro-batches"
-        raise SystemExit(f"batch_size={cfg.batch_size} can't be shared by {ranks}: make it a multiple")
     device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
-    return device, ("bf16" if bf16 else "none") if cfg.amp == "auto" else cfg.amp, accumulate
+    auto = "bf16" if bf16 else "tf32" if kind == "cuda" else "none"
+    return device, auto if cfg.amp == "auto" else cfg.amp, accumulate
 
 
 def open_data(cfg: Config) -> tuple[PairedImageDataset, dict[str, ValidationImages]]:
@@ -232,10 +218,12 @@ def open_data(cfg: Config) -> tuple[PairedImageDataset, dict[str, ValidationImag
     gt, lq = (v if isinstance(v, tuple) else (v,) for v in (cfg.val_gt, cfg.val_lq))
     if cfg.val_lq and len(lq) != len(gt):
         raise SystemExit(f"val_lq={cfg.val_lq} must have one entry for each of val_gt={cfg.val_gt}")
-    val_sets, options = {}, options_of(ValidationImages, cfg)
+    shared = {k: getattr(cfg, k) for k in ("degradation", "scale", "in_chans", "filename_tmpl")}
+    shared["sigma"], shared["quality"] = np.max(cfg.sigma), np.min(cfg.quality)
+    val_sets = {}
     for i, root in enumerate(gt if cfg.val_gt or not cfg.dataroot_lq else ()):
-        options |= {"val_gt": root, "val_lq": lq[i] if cfg.val_lq else None}
-        val_sets[Path(root).resolve().stem if root else "synthetic"] = ValidationImages(**options)
+        name = Path(root).resolve().stem if root else "synthetic"
+        val_sets[name] = ValidationImages(root, lq[i] if cfg.val_lq else None, **shared)
     return PairedImageDataset(**options_of(PairedImageDataset, cfg)), val_sets
 
 
@@ -245,14 +233,13 @@ def open_folder(cfg: Config) -> tuple[Path, Any]:
     for name in ("models", "training_states"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "w")
-    try:
+    with contextlib.suppress(ImportError):  # Windows has no fcntl, and so no lock
         import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows: no lock
-        pass
-    except OSError:
-        raise SystemExit(f"{folder} is in use by another run: wait, or give this one a --name") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SystemExit(f"{folder} is in use by another run: wait, or give this one a --name") from None
     if cfg.resume == "never" and (folder / "config.json").exists():
         archive = folder.rename(folder.with_name(f"{cfg.name}_archived_{time.strftime('%Y%m%d_%H%M%S')}"))
         print(f"{folder} was moved to {archive}")
@@ -271,43 +258,40 @@ def write(path: Path, content: Any) -> None:
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         partial.unlink(missing_ok=True)
-        why = f"{path} can't be written ({str(error).splitlines()[0]})"
-        raise SystemExit(f"{why}: make room and run the same command again; nothing saved is lost") from None
+        raise SystemExit(f"{path} can't be written: {error}\nMake room; the same command goes on") from None
 
 
 def last_checkpoint(folder: Path) -> tuple[dict, dict]:
     """(state, weights) of the newest checkpoint that is whole, with a warning for those that aren't."""
     for state in sorted(folder.glob("training_states/*.state"), key=lambda p: int(p.stem), reverse=True):
-        files = []
-        for path in (state, folder / "models" / f"net_g_{state.stem}.pth"):
-            try:
+        try:
+            files = []
+            for path in (state, folder / "models" / f"net_g_{state.stem}.pth"):
                 assert zipfile.ZipFile(path).testzip() is None  # torch.load doesn't compare checksums
                 files.append(torch.load(path, map_location="cpu", weights_only=True))
-            except Exception:
-                print(f"warning: {path} is damaged, the checkpoint before is used", file=sys.stderr)
-        if len(files) == 2:
-            return files[0], files[1]
+            return tuple(files)
+        except Exception:
+            print(f"warning: {path} is damaged, the checkpoint before it is used", file=sys.stderr)
     return {"iter": 0, "best": {}, "config": vars(Config())}, {}
 
 
 class Log:
-    """Lines for people (terminal, log.txt) and for programs (log.jsonl), written by rank 0."""
+    """Lines for people (terminal, log.txt) and for programs (log.jsonl)."""
 
-    def __init__(self, folder: Path, rank: int, start: int) -> None:
-        self.folder, self.mute, lines = folder, rank > 0, []
-        if not self.mute and (folder / "log.jsonl").exists():
+    def __init__(self, folder: Path, start: int) -> None:
+        self.folder, lines = folder, []
+        if (folder / "log.jsonl").exists():
             for line in (folder / "log.jsonl").read_text().splitlines(keepends=True):
                 with contextlib.suppress(ValueError):  # a crash can cut the last line
                     lines += [line] if json.loads(line)["iter"] <= start else []  # the rest will come again
             write(folder / "log.jsonl", "".join(lines))
 
     def __call__(self, text: str, **event: Any) -> None:
-        if not self.mute:
-            tqdm.write(text)
-            with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-            with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(event) + "\n" if event else "")
+        tqdm.write(text)
+        with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
+            print(time.strftime("%Y-%m-%d %H:%M:%S"), text, file=file)
+        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n" if event else "")
 
 
 def main(cfg: Config) -> None:
@@ -325,10 +309,10 @@ def main(cfg: Config) -> None:
         return x
 
     folder, _lock = open_folder(cfg) if rank == 0 else (Path("experiments") / cfg.name, None)
-    reduced(torch.zeros(1))  # all wait for the folder
+    reduced(torch.zeros(1))  # so all wait for the folder
     state, weights = last_checkpoint(folder)
     start, best, before = (state[k] for k in ("iter", "best", "config"))
-    log = Log(folder, rank, start)
+    log = Log(folder, start) if rank == 0 else lambda text, **event: None
     log(f"{folder}: continuing after iteration {start:,}" if start else f"{folder}: starting")
     changed = {k: (before[k], v) for k, v in vars(cfg).items() if k in before and before[k] != v}
     told = [f"{k}: {a} -> {b}" if start else f"{k}={b}" for k, (a, b) in changed.items()]
@@ -340,7 +324,6 @@ def main(cfg: Config) -> None:
     log(f"data: {found}; validation: {', '.join(f'{k} ({len(v)})' for k, v in val_sets.items()) or 'none'}")
     for notice in dataset.notices:
         log(f"note: {notice}")
-
     # The network, its average, the optimizer.
     torch.manual_seed(cfg.seed)
     net = SwinIR(img_size=cfg.gt_size // cfg.scale, upscale=cfg.scale, **options_of(SwinIR, cfg))
@@ -352,8 +335,7 @@ def main(cfg: Config) -> None:
     adam = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[cfg.optimizer]
     optimizer = adam(params, cfg.lr, cfg.betas, weight_decay=cfg.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-    # Since the last log line: loss, gradient norm, good steps, skipped steps; and those skipped in a row.
-    sums = torch.zeros(5, device=device)
+    sums = torch.zeros(5, device=device)  # since the last log: loss, norm, good, bad steps; bad in a row
     if start:
         ema.load_state_dict(weights["params_ema"])
         net.load_state_dict(weights["params"])
@@ -363,54 +345,54 @@ def main(cfg: Config) -> None:
     if cfg.compile == "on" or (cfg.compile == "auto" and cuda and sys.platform == "linux"):
         for layer in net.layers:  # in place: no prefix in the state dict; alike: one compilation serves all
             layer.compile()
-    model = net
-    if world > 1:
-        model = torch.nn.parallel.DistributedDataParallel(net, [device.index] if cuda else None)
-    size, precision = sum(p.numel() for p in params), "float32" if amp == "none" else amp
-    work = f"{world} rank(s) x {accumulate} micro-batch(es)"
-    log(f"network: {size:,} parameters; torch {torch.__version__}, {device}, {precision}, {work}")
+    ddp = torch.nn.parallel.DistributedDataParallel
+    model = ddp(net, [device.index] if cuda else None) if world > 1 else net
+    work = f"{device}, {amp}, {world} rank(s) x {accumulate} micro-batch(es)"
+    log(f"network: {sum(p.numel() for p in params):,} parameters; torch {torch.__version__}, {work}")
 
     def validate(it: int) -> None:
-        """Each rank takes every world-th image; the means run over all in file order, so ranks don't matter."""
-        protocol = cfg.crop_border, cfg.test_y_channel
+        """Each rank takes every world-th image; means run over all in order, whatever the number of ranks."""
+        colour = "Y" if cfg.test_y_channel else "RGB" if cfg.in_chans == 3 else "gray"
         for dataset, images in val_sets.items():
             scores = torch.zeros(len(images), 3, dtype=torch.float64)
             for i in range(rank, len(images), world):
                 name, lq, gt = (images[i][k] for k in ("name", "lq", "gt"))
-                peak, pair = np.iinfo(gt.dtype).max, (restore(ema.eval(), lq[None])[0], lq)
-                out, lq = (
-                    (x.clamp(0, 1) * peak).round().permute(1, 2, 0).numpy().astype(gt.dtype) for x in pair
-                )
-                scores[i, 0], scores[i, 1] = psnr(out, gt, *protocol), ssim(out, gt, *protocol)
-                scores[i, 2] = psnr(lq, gt, *protocol) if lq.shape == gt.shape else 0
+                peak, given = np.iinfo(gt.dtype).max, F.interpolate(lq[None], gt.shape[:2], mode="bicubic")
+                pair = [(x[0].clamp(0, 1) * peak).round() for x in (restore(ema.eval(), lq[None]), given)]
+                out, lq = (x.permute(1, 2, 0).numpy().astype(gt.dtype) for x in pair)
+                for k, (metric, img) in enumerate(((psnr, out), (ssim, out), (psnr, lq))):
+                    scores[i, k] = metric(img, gt, cfg.crop_border, cfg.test_y_channel)
                 if cfg.save_img:
-                    strip = [(a // (peak // 255)).astype(np.uint8).squeeze() for a in (lq, out, gt)]
-                    strip = [Image.fromarray(a).resize(gt.shape[1::-1], Image.NEAREST) for a in strip]
-                    path = folder / "visualization" / dataset / str(it) / f"{name.replace('/', '_')}.png"
+                    strip = (np.hstack([lq, out, gt]) // (peak // 255)).astype(np.uint8).squeeze()
+                    path = folder / "visualization" / dataset / f"{name.replace('/', '_')}_{it}.png"
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    Image.fromarray(np.hstack(strip)).save(path)
-            value, similar, noisy = reduced(scores).mean(0).tolist()  # the sum over ranks adds zeros: exact
+                    Image.fromarray(strip).save(path)
+            value, similar, before = reduced(scores).mean(0).tolist()  # the sum over ranks adds zeros: exact
             top, when = best[dataset] = max(best.get(dataset, [value, it]), [value, it], key=lambda b: b[0])
-            text = f"validation {dataset}: {value:.2f} dB, SSIM {similar:.4f}"
-            text += f" (input {noisy:.2f} dB)" * (noisy > 0) + f", best {top:.2f} dB at {when:,}; "
-            text += f"{'Y' if cfg.test_y_channel else 'RGB' if cfg.in_chans == 3 else 'gray'}, border {cfg.crop_border}"
-            entry = {"psnr": value, "ssim": similar, "best_psnr": top, "best_iter": when, "input_psnr": noisy}
+            text = f"validation {dataset}: {value:.2f} dB, SSIM {similar:.4f}; input {before:.2f} dB, "
+            text += f"best {top:.2f} dB at {when:,} ({colour}, border {cfg.crop_border})"
+            entry = {
+                "psnr": value,
+                "ssim": similar,
+                "best_psnr": top,
+                "best_iter": when,
+                "input_psnr": before,
+            }
             log(text, event="val", iter=it, dataset=dataset, **entry)
             if when == it and dataset == next(iter(val_sets)):  # the first set decides
-                save_network("best", it)
+                save(it, best_only=True)
         net.train()
 
-    def save_network(name: Any, it: int) -> None:
-        if rank == 0 and not cfg.eval_only:
-            both = {"params": portable(net.state_dict()), "params_ema": portable(ema.state_dict())}
-            write(folder / "models" / f"net_g_{name}.pth", both | {"arguments": net.arguments, "iter": it})
-
-    def save(it: int) -> None:
-        save_network(it, it)
+    def save(it: int, best_only: bool = False) -> None:
         table = torch.zeros(world, len(sums))
         table[rank] = sums.cpu()
         content = {"iter": it, "best": best, "sums": reduced(table), "config": vars(cfg)}
-        if rank == 0:
+        if rank == 0 and not cfg.eval_only:
+            both = {"params": portable(net.state_dict()), "params_ema": portable(ema.state_dict())}
+            both |= {"arguments": net.arguments, "iter": it}
+            write(folder / "models" / f"net_g_{'best' if best_only else it}.pth", both)
+            if best_only:
+                return
             content |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
             write(folder / "training_states" / f"{it}.state", content)
             states = sorted(folder.glob("training_states/*.state"), key=lambda p: int(p.stem))
@@ -428,22 +410,22 @@ def main(cfg: Config) -> None:
     end = time.perf_counter() + 3600 * (math.inf if cfg.max_hours is None else cfg.max_hours)
 
     def hear(number: int, frame: Any) -> None:
-        if asked["stop"]:  # the second time
-            os._exit(asked["stop"])
-        asked.update(save=True, stop=128 + number if number in (signal.SIGINT, signal.SIGTERM) else 0)
-        os.write(2, b"\nsaving after this iteration; a second Ctrl-C would stop at once\n")
+        asked["save"] = True
+        if number in (signal.SIGINT, signal.SIGTERM):
+            asked["stop"] = 128 + number
+            signal.signal(number, signal.SIG_DFL)  # the second time acts at once
+            os.write(2, b"\nstopping after this iteration, to save it; Ctrl-C again stops at once\n")
 
     for name in {"SIGINT", "SIGTERM", "SIGUSR1"} & set(dir(signal)):
         signal.signal(getattr(signal, name), hear)
-    workers = min(8, (os.cpu_count() or 1) // world) if cuda else 1
     numbers = SampleNumbers(cfg.batch_size, rank, world, start, accumulate)
-    loader = train_loader(dataset, numbers, workers if cfg.num_workers is None else cfg.num_workers, cuda)
-    autocast = torch.autocast(device.type, torch.float16 if amp == "fp16" else torch.bfloat16, amp != "none")
+    loader = train_loader(dataset, numbers, cfg.num_workers, cuda)
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
+    autocast = torch.autocast(device.type, half, half is not None)
     bar = {"total": cfg.total_iters, "initial": start, "disable": None if rank == 0 else True, "unit": "it"}
     bar["bar_format"] = "{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
     with tqdm(**bar) as bar, Prefetcher(loader, device) as batches:
-        since, waited, steps = time.perf_counter(), 0.0, 0
-        net.train()
+        since, waited, seen = time.perf_counter(), 0.0, start
         for it in range(start + 1, cfg.total_iters + 1):
             # The step. DropPath draws from (seed, iteration, rank).
             torch.manual_seed((cfg.seed * 1_000_003 + it) * 4099 + rank)
@@ -461,9 +443,7 @@ def main(cfg: Config) -> None:
                 total += loss.detach()
                 bar.update(1 / accumulate)
             scaler.unscale_(optimizer)
-            norm = torch.nn.utils.get_total_norm([p.grad for p in params])
-            if cfg.grad_clip:
-                torch.nn.utils.clip_grads_with_norm_(params, cfg.grad_clip, norm)
+            norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
             good, bad = norm.isfinite().float(), (~norm.isfinite()).float()
             optimizer.found_inf = bad  # where it is 1, the fused step changes nothing
             scaler.step(optimizer)
@@ -473,10 +453,8 @@ def main(cfg: Config) -> None:
                 torch._foreach_lerp_(averages, params, 1 - min(cfg.ema_decay, (1 + it) / (10 + it)))
             sums += torch.stack([total.where(good > 0, 0), norm.where(good > 0, 0), good, bad, bad])
             sums[4] *= bad
-            steps += 1
-
             # The rest looks, tells and saves. Only reading values waits for the GPU.
-            spent, last = time.perf_counter() - since, it == cfg.total_iters
+            spent, steps, last = time.perf_counter() - since, it - seen, it == cfg.total_iters
             if cpu or it == start + 1 or it % cfg.print_freq == 0:
                 bar.set_postfix_str(f"loss {total.item():.2e}, lr {lr:.1e}")
             if cpu and it == start + 1 and (days := spent * (cfg.total_iters - start) / 86400) > 2:
@@ -484,23 +462,17 @@ def main(cfg: Config) -> None:
                 log(f"note: {slow}; configs/tiny.py trains a small denoiser in minutes")
             if it % cfg.print_freq == 0 or last:
                 loss, norm, good, bad, row = reduced(sums / world, None).tolist()
-                entry = {
-                    "loss": loss / max(good, 1),
-                    "lr": lr,
-                    "grad_norm": norm / max(good, 1),
-                    "skipped": bad,
-                }
-                entry |= {"time": spent / steps, "data_time": waited / steps}
-                entry["img_per_s"] = cfg.batch_size * steps / spent
-                entry["max_mem_gb"] = torch.cuda.max_memory_allocated() / 1e9 if cuda else None
-                text = f"iter {it:,}/{cfg.total_iters:,}: loss {entry['loss']:.4e}, lr {lr:.2e}, "
-                text += f"{entry['img_per_s']:.1f} img/s, {waited / spent:.0%} waiting for data"
-                log(text + f", {bad:.0f} skipped" * (bad > 0), event="train", iter=it, **entry)
+                loss, norm, speed = loss / max(good, 1), norm / max(good, 1), cfg.batch_size * steps / spent
+                gb = torch.cuda.max_memory_allocated() / 1e9 if cuda else None
+                entry = {"loss": loss, "lr": lr, "grad_norm": norm, "skipped": bad, "time": spent / steps}
+                entry |= {"data_time": waited / steps, "img_per_s": speed, "max_mem_gb": gb}
+                text = f"iter {it:,}/{cfg.total_iters:,}: loss {loss:.4e}, lr {lr:.2e}, {speed:.1f} img/s, "
+                text += f"{waited / spent:.0%} waiting for data" + f", {bad:.0f} steps skipped" * (bad > 0)
+                log(text, event="train", iter=it, **entry)
                 if row >= 50:
-                    why = f"no finite loss and gradient in the last {row:.0f} steps, which were skipped"
-                    raise SystemExit(f"stopped: {why}; try a lower --lr, --grad_clip=1 or --amp=none")
+                    raise SystemExit("stopped: no finite loss in 50 steps; lower --lr, or try --grad_clip=1")
                 sums[:4] = 0
-                since, waited, steps = time.perf_counter(), 0.0, 0
+                since, waited, seen = time.perf_counter(), 0.0, it
             paused = time.perf_counter()
             wish = torch.tensor([asked["save"], asked["stop"] > 0 or paused > end], dtype=torch.int32)
             save_now, stop = reduced(wish, op=dist.ReduceOp.MAX).tolist()  # the ranks agree on the iteration
@@ -519,10 +491,9 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save
     try:
         main(load_config(sys.argv[1:]))
-    except KeyboardInterrupt:
-        sys.exit(130)
     except ValueError as error:  # ours are sentences for the user; others keep their traceback
         if Path(inspect.trace()[-1].filename).parent != Path(__file__).parent:
             raise
