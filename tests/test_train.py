@@ -1,0 +1,342 @@
+"""The trainer as users run it: options, resume, ranks, counts, errors."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from train import Config, load_config, lr_at
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = "--gt_size=16 --batch_size=4 --embed_dim=12 --depths=2,2 --num_heads=2,2 --num_workers=0 --device=cpu"
+SMALL += " --loss=l1 --lr=1e-3 --total_iters=6 --print_freq=2 --val_freq=0 --save_checkpoint_freq=2"
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}  # one core is plenty for networks of this size
+
+
+def photos(folder, count=2, size=40, seed=0):
+    """`count` smooth random images."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        small = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        small.resize((size, size), Image.BICUBIC).save(folder / f"{i}.png")
+    return folder
+
+
+def train(cwd, *options, ranks=1, small=SMALL):
+    """Runs the command in `cwd`. Returns (exit code, what it printed)."""
+    start = [sys.executable]
+    if ranks > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [*start, str(ROOT / "train.py"), *small.split(), *options]
+    done = subprocess.run(command, cwd=cwd, env=ENV, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout + done.stderr
+
+
+def network(cwd, it, name="denoise_color25"):
+    return torch.load(cwd / "experiments" / name / "models" / f"net_g_{it}.pth", weights_only=True)
+
+
+def events(cwd, kind="train", name="denoise_color25"):
+    lines = (cwd / "experiments" / name / "log.jsonl").read_text().splitlines()
+    return [e for e in map(json.loads, lines) if e["event"] == kind]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """One training of six iterations on two images, which several tests look at."""
+    cwd = tmp_path_factory.mktemp("run")
+    photos(cwd / "gt")
+    code, text = train(
+        cwd, "--dataroot_gt=gt", "--val_gt=gt", "--val_freq=3", "--save_img=True", "--drop_path_rate=0.3"
+    )
+    assert code == 0, text
+    return cwd, text
+
+
+# ---- options ----
+
+
+@pytest.mark.parametrize(
+    ("args", "name", "value"),
+    [
+        (["--lr=1"], "lr", 1.0),
+        (["--lr=1e-4"], "lr", 1e-4),
+        (["--grad_clip=None"], "grad_clip", None),
+        (["--name=a=b"], "name", "a=b"),
+        (["--name=123"], "name", "123"),
+        (["--depths=2,2", "--num_heads=6,6"], "depths", (2, 2)),
+        (["--use-rot=false"], "use_rot", False),
+        (["--sigma=0,50"], "sigma", (0, 50)),
+        (["--val_gt=a,b"], "val_gt", ("a", "b")),
+    ],
+)
+def test_options_are_read_in_their_type(args, name, value):
+    cfg = load_config(args)
+    assert getattr(cfg, name) == value
+    assert type(getattr(cfg, name)) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("arg", "words"),
+    [
+        ("--batchsize=4", ["batchsize", "batch_size"]),
+        ("--total_iter=4", ["total_iter", "total_iters"]),
+        ("--num_worker_per_gpu=4", ["num_worker_per_gpu", "num_workers"]),
+        ("--batch_size_per_gpu=4", ["batch_size_per_gpu", "batch_size"]),
+        ("--manual_seed=4", ["manual_seed", "seed"]),
+        ("--warmup_iter=4", ["warmup_iters"]),
+        ("--lr=fast", ["lr", "float", "fast"]),
+        ("--lr", ["--key=value"]),
+        ("--batch_size=2.5", ["batch_size", "int", "2.5"]),
+        ("--loss=l3", ["loss", "charbonnier", "l3"]),
+        ("--depths=6,x", ["depths", "tuple"]),
+        ("--scale=2", ["upsampler"]),
+        ("--name=../up", ["name"]),
+        ("nowhere.py", ["nowhere.py"]),
+    ],
+)
+def test_a_wrong_option_is_named(arg, words):
+    with pytest.raises(SystemExit) as stop:
+        load_config([arg])
+    assert all(word in str(stop.value) for word in words), stop.value
+
+
+def test_a_config_file_is_checked_like_the_command_line(tmp_path):
+    path = tmp_path / "c.py"
+    path.write_text(
+        "import math\n_half = 0.5\nlr = 1e-4\ngamma = _half\ndepths = [2] * 3\nnum_heads = 6, 6, 6\n"
+    )
+    cfg = load_config(["--lr=3e-4", str(path)])
+    assert (cfg.lr, cfg.gamma, cfg.depths) == (3e-4, 0.5, (2, 2, 2))
+    path.write_text("learning_rte = 1.0\n")
+    with pytest.raises(SystemExit, match=r"c\.py: unknown option learning_rte"):
+        load_config([str(path)])
+    path.write_text("batch_size = '64'\n")
+    with pytest.raises(SystemExit, match=r"c\.py: batch_size must be int, not '64'"):
+        load_config([str(path)])
+
+
+def test_help_lists_every_option():
+    done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert all(f"    {name}: " in done.stdout for name in vars(Config()))
+
+
+def test_lr_is_the_formula():
+    cfg = Config(lr=1e-3, warmup_iters=10, milestones=(40, 50), gamma=0.5, total_iters=60)
+    assert lr_at(5, cfg) == pytest.approx(5e-4)
+    assert [lr_at(it, cfg) for it in (10, 11, 40)] == [1e-3] * 3  # the warm-up reaches the base
+    assert [lr_at(it, cfg) for it in (41, 50, 51, 60)] == [5e-4, 5e-4, 2.5e-4, 2.5e-4]
+    assert lr_at(6, Config(lr=1e-3, warmup_iters=10, milestones=(5,))) == pytest.approx(6e-4)
+    assert lr_at(10, Config(lr=1e-3, warmup_iters=10, milestones=(5,))) == pytest.approx(5e-4)
+    cosine = Config(lr=1e-3, scheduler="cosine", warmup_iters=10, total_iters=110)
+    assert lr_at(61, cosine) == pytest.approx(1e-3 * 0.5 * (1 + math.cos(math.pi * 0.5)))
+    assert 0 < lr_at(110, cosine) < 1e-6
+
+
+# ---- a run ----
+
+
+def test_a_run_writes_what_the_blueprint_says(run):
+    cwd, _ = run
+    folder = cwd / "experiments" / "denoise_color25"
+    assert {p.name for p in folder.iterdir()} >= {
+        "config.json",
+        "log.txt",
+        "log.jsonl",
+        "models",
+        "training_states",
+    }
+    assert {p.name for p in (folder / "models").iterdir()} == {
+        "net_g_2.pth",
+        "net_g_4.pth",
+        "net_g_6.pth",
+        "net_g_best.pth",
+    }
+    assert [e["iter"] for e in events(cwd)] == [2, 4, 6]
+    train_keys = {"iter", "loss", "lr", "grad_norm", "time", "data_time", "img_per_s", "max_mem_gb"}
+    assert all(train_keys <= e.keys() and e["loss"] > 0 for e in events(cwd))
+    vals = events(cwd, "val")
+    assert [e["iter"] for e in vals] == [3, 6]
+    assert vals[1]["best_psnr"] == max(e["psnr"] for e in vals)
+    assert 19 < vals[0]["input_psnr"] < 22  # sigma 25: 20.2 dB, a little more where pixels clip
+    strip = Image.open(folder / "visualization" / "gt" / "0_6.png")
+    assert strip.size == (3 * 40, 40)
+
+
+def test_validation_equals_the_metrics_of_the_saved_network(run):
+    from metrics import psnr
+    from model import load
+
+    cwd, _ = run
+    net, values = load(cwd / "experiments/denoise_color25/models/net_g_6.pth"), []
+    for path in sorted((cwd / "gt").iterdir()):
+        gt = np.asarray(Image.open(path))
+        noise = np.random.RandomState(0).normal(0, 25 / 255, gt.shape)[..., ::-1]  # drawn in BGR order
+        lq = torch.from_numpy((gt / 255 + noise).astype(np.float32)).permute(2, 0, 1)[None]
+        with torch.no_grad():
+            out = (net(lq)[0].clamp(0, 1) * 255).round().permute(1, 2, 0).numpy().astype(np.uint8)
+        values.append(psnr(out, gt))
+    assert events(cwd, "val")[-1]["psnr"] == pytest.approx(np.mean(values), abs=1e-3)
+
+
+def test_stopped_and_continued_is_bit_identical(run, tmp_path):
+    cwd, _ = run
+    photos(tmp_path / "gt")
+    options = ["--dataroot_gt=gt", "--val_gt=gt", "--val_freq=3", "--drop_path_rate=0.3"]
+    for it in (1, 2, 3):  # stopped after one iteration, continued, stopped after the next...
+        assert train(tmp_path, *options, "--max_hours=0")[0] == 0
+        assert (tmp_path / f"experiments/denoise_color25/training_states/{it}.state").exists()
+    code, text = train(tmp_path, *options)
+    assert code == 0
+    assert text.splitlines()[0].endswith("continuing after iteration 3")
+    for file in ("models/net_g_6.pth", "training_states/6.state"):
+        a, b = (
+            torch.load(c / "experiments/denoise_color25" / file, weights_only=True) for c in (cwd, tmp_path)
+        )
+        flat = [
+            torch.utils._pytree.tree_flatten({k: v for k, v in x.items() if k != "config"})[0] for x in (a, b)
+        ]
+        assert len(flat[0]) == len(flat[1])
+        for x, y in zip(*flat, strict=True):
+            assert torch.equal(x, y) if torch.is_tensor(x) else x == y
+    assert [e["loss"] for e in events(cwd)] == [e["loss"] for e in events(tmp_path)]
+
+
+def test_edited_options_are_told_and_impossible_ones_refused(run, tmp_path):
+    photos(tmp_path / "gt")
+    assert train(tmp_path, "--dataroot_gt=gt", "--total_iters=2")[0] == 0
+    code, text = train(tmp_path, "--dataroot_gt=gt", "--total_iters=4", "--lr=5e-4")
+    assert code == 0
+    assert "lr: 0.001 -> 0.0005" in text
+    assert events(tmp_path)[-1]["lr"] == 5e-4
+    code, text = train(tmp_path, "--dataroot_gt=gt", "--embed_dim=24")
+    assert (code, "embed_dim can't change" in text, "Traceback" in text) == (1, True, False)
+    code, text = train(tmp_path, "--dataroot_gt=gt", "--total_iters=4", "--lr=5e-4")
+    assert (code, "finished after 4 iterations" in text) == (0, True)
+    code, text = train(tmp_path, "--dataroot_gt=gt", "--total_iters=2", "--resume=never")
+    assert code == 0
+    assert len(list((tmp_path / "experiments").iterdir())) == 2
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path):
+    photos(tmp_path / "gt")
+    assert train(tmp_path, "--dataroot_gt=gt", "--total_iters=4")[0] == 0
+    path = tmp_path / "experiments/denoise_color25/models/net_g_4.pth"
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 300] = bytes(300)
+    path.write_bytes(content)
+    code, text = train(tmp_path, "--dataroot_gt=gt")
+    assert code == 0
+    assert "net_g_4.pth is damaged" in text
+    assert "continuing after iteration 2" in text
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_stops(tmp_path, number, code):
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        *SMALL.split(),
+        "--total_iters=100000",
+        "--save_checkpoint_freq=100000",
+    ]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    log = tmp_path / "experiments/denoise_color25/log.jsonl"
+    deadline = time.time() + 120
+    while not (log.exists() and log.read_text()) and time.time() < deadline:
+        time.sleep(0.2)
+    second = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True)
+    assert (second.returncode, "in use by another run" in second.stderr) == (1, True)
+    process.send_signal(number)
+    text = process.communicate(timeout=120)[0].decode()
+    assert process.returncode == code, text
+    assert len(list((tmp_path / "experiments/denoise_color25/training_states").glob("*.state"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "ranks"), [(1, 8, 1), (3, 1, 1), (10, 16, 1), (100, 8, 1), (1, 8, 2), (3, 16, 2)]
+)
+def test_exactly_total_iters_steps(tmp_path, images, batch, ranks):
+    photos(tmp_path / "gt", images, size=20)
+    code, text = train(tmp_path, "--dataroot_gt=gt", f"--batch_size={batch}", "--total_iters=5", ranks=ranks)
+    assert code == 0, text
+    state = torch.load(tmp_path / "experiments/denoise_color25/training_states/5.state", weights_only=True)
+    assert {int(s["step"]) for s in state["optimizer"]["state"].values()} == {5}
+
+
+def test_two_ranks_equal_one_process(tmp_path):
+    photos(tmp_path / "gt", 3)
+    options = ["--dataroot_gt=gt", "--val_gt=gt", "--val_freq=6", "--drop_path_rate=0", "--grad_clip=1"]
+    assert train(tmp_path, *options, "--name=one")[0] == 0
+    code, text = train(tmp_path, *options, "--name=two", ranks=2)
+    assert code == 0, text
+    assert train(tmp_path, *options, "--name=accumulated", "--accumulate=2")[0] == 0
+    one = network(tmp_path, 6, "one")["params"]
+    for name in ("two", "accumulated"):
+        other = network(tmp_path, 6, name)["params"]
+        assert all(torch.allclose(one[k].float(), other[k].float(), atol=1e-5) for k in one), name
+        a, b = (events(tmp_path, "val", n)[0] for n in ("one", name))
+        assert a["psnr"] == pytest.approx(b["psnr"], abs=1e-2)
+        losses = [[e["loss"] for e in events(tmp_path, name=n)] for n in ("one", name)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_steps_without_a_finite_loss_are_skipped(tmp_path):
+    """An lr this large makes the loss overflow; the steps are skipped, and training stops with advice."""
+    code, text = train(
+        tmp_path, "--lr=1e18", "--total_iters=60", "--save_checkpoint_freq=60", "--print_freq=60"
+    )
+    assert code != 0
+    assert "no finite loss" in text
+    assert "Traceback" not in text
+
+
+# ---- mistakes: one sentence that names the file, exit code not 0, no traceback ----
+
+
+def wrong(tmp_path, *options):
+    code, text = train(tmp_path, *options)
+    assert code != 0
+    assert "Traceback" not in text, text
+    return text
+
+
+def test_mistakes_with_data_are_named(tmp_path):
+    assert "nowhere" in wrong(tmp_path, "--dataroot_gt=nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "empty" in wrong(tmp_path, "--dataroot_gt=empty")
+    gt, lq = photos(tmp_path / "gt"), photos(tmp_path / "lq")
+    (lq / "1.png").rename(lq / "other.png")
+    assert "1.png" in wrong(tmp_path, "--dataroot_gt=gt", "--dataroot_lq=lq")
+    Image.new("RGB", (20, 20)).save(lq / "1.png")
+    (lq / "other.png").unlink()
+    text = wrong(tmp_path, "--dataroot_gt=gt", "--dataroot_lq=lq")
+    assert "1.png" in text
+    assert "20x20" in text
+    (gt / "1.png").write_bytes((gt / "1.png").read_bytes()[:-200])
+    assert "1.png" in wrong(tmp_path, "--dataroot_gt=gt")
+    assert "nothing.pth" in wrong(tmp_path, "--pretrain_network=nothing.pth")
+
+
+def test_fp16_and_bf16_and_no_average_run(tmp_path):
+    for options in (
+        ["--amp=bf16"],
+        ["--ema_decay=0", "--use_checkpoint=True"],
+        ["--optimizer=adamw", "--weight_decay=0.01"],
+    ):
+        code, text = train(tmp_path, *options, "--total_iters=2", "--resume=never")
+        assert code == 0, text
