@@ -552,10 +552,9 @@ class Slow(torch.utils.data.Dataset):
 def test_killed_worker_is_an_error_within_seconds():
     with Prefetcher(train_loader(Slow(), SampleNumbers(1), 1), "cpu") as batches:
         next(batches)
-        worker = batches.batches._workers[0]
-        os.kill(worker.pid, signal.SIGKILL)
-        start = time.time()
-        with pytest.raises(RuntimeError, match="worker"):
+        worker, start = batches.batches._workers[0], time.time()
+        with pytest.raises(RuntimeError, match="worker"):  # PyTorch's signal handler may raise it anywhere
+            os.kill(worker.pid, signal.SIGKILL)
             for _ in range(10):
                 next(batches)
         assert time.time() - start < 20
@@ -625,3 +624,18 @@ def test_data_py_works_alone(tmp_path):
     done = subprocess.run([sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, '.'); {code}"],
                           cwd=tmp_path, capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_wrong_arguments_are_named(folder):
+    for options, name in (
+        ({"in_chans": 2}, "in_chans=2"),
+        ({"gt_size": 31, "scale": 2}, "gt_size=31"),
+        ({"degradation": "blurr"}, "degradation=blurr"),
+        ({"sigma": (50, 5)}, "sigma"),
+        ({"quality": (-1, 5)}, "quality"),
+        ({"dataset_weights": (-1,)}, "dataset_weights"),
+        ({"meta_info_file": folder / "absent.txt"}, r"absent\.txt"),
+        ({"filename_tmpl": "x2"}, "filename_tmpl"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            PairedImageDataset(folder, **options)
