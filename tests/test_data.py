@@ -550,14 +550,16 @@ class Slow(torch.utils.data.Dataset):
 
 
 def test_killed_worker_is_an_error_within_seconds():
-    with Prefetcher(train_loader(Slow(), SampleNumbers(1), 1), "cpu") as batches:
+    start = time.time()
+    with (
+        pytest.raises(RuntimeError, match="worker"),  # around all: PyTorch's signal handler may raise it too
+        Prefetcher(train_loader(Slow(), SampleNumbers(1), 1), "cpu") as batches,
+    ):
         next(batches)
-        worker, start = batches.batches._workers[0], time.time()
-        with pytest.raises(RuntimeError, match="worker"):  # PyTorch's signal handler may raise it anywhere
-            os.kill(worker.pid, signal.SIGKILL)
-            for _ in range(10):
-                next(batches)
-        assert time.time() - start < 20
+        os.kill(batches.batches._workers[0].pid, signal.SIGKILL)
+        for _ in range(10):
+            next(batches)
+    assert time.time() - start < 30
 
 
 def test_close_stops_thread_and_workers(folder):
