@@ -479,8 +479,10 @@ class Prefetcher:
                     batch = [x.float() / 255 if x.dtype == torch.uint8 else x for x in batch]
                     self.ready.put((batch, self.stream and self.stream.record_event(), None))
         except Exception as error:  # from a worker it is a whole traceback that ends in the sentence
-            last = str(error).strip().rpartition("\n")[2].removeprefix("ValueError: ")
-            self.ready.put((None, None, ValueError(last) if isinstance(error, ValueError) else error))
+            if isinstance(error, ValueError):
+                error = ValueError(str(error).strip().rpartition("\n")[2].removeprefix("ValueError: "))
+            dead = isinstance(error, OSError | EOFError)  # a worker was killed while it sent a batch
+            self.ready.put((None, None, RuntimeError(f"a worker has died: {error!r}") if dead else error))
 
     def __next__(self) -> list[torch.Tensor]:
         start = time.perf_counter()
