@@ -1,11 +1,11 @@
 # A small colour denoiser (Gaussian noise, sigma 25) for a laptop: minutes on two CPU cores, no data needed.
 #
-#   python train.py configs/tiny.py                                                  # on synthetic images
-#   python train.py configs/tiny.py --dataroot_gt=BSD400 --val_gt=CBSD68             # on photos
+#   python train.py configs/tiny.py                                          # on synthetic images
+#   python train.py configs/tiny.py --dataroot_gt=BSD400 --val_gt=CBSD68     # on photographs
 name = "tiny"
-gt_size, batch_size = 40, 8
-embed_dim, depths, num_heads, window_size, mlp_ratio = 48, (2, 2, 2), (3, 3, 3), 8, 2
-drop_path_rate = 0.0
-total_iters, lr, betas, loss = 2500, 2e-3, (0.9, 0.99), "l1"
-scheduler, warmup_iters, grad_clip = "cosine", 50, 1.0
-print_freq, val_freq, save_checkpoint_freq = 100, 2500, 500
+gt_size, batch_size, num_workers = 40, 4, 0
+embed_dim, depths, num_heads, window_size, mlp_ratio = 48, (2, 2, 2), (1, 1, 1), 8, 2
+resi_connection, drop_path_rate = "3conv", 0.0
+total_iters, lr, betas, loss = 2000, 3e-3, (0.9, 0.99), "l1"
+scheduler, warmup_iters, grad_clip = "cosine", 100, 1.0
+print_freq, val_freq, save_checkpoint_freq = 100, 2000, 500
