@@ -346,7 +346,7 @@ def main(cfg: Config) -> None:
         for layer in net.layers:  # in place: no prefix in the state dict; alike: one compilation serves all
             layer.compile()
     ddp = torch.nn.parallel.DistributedDataParallel
-    model = ddp(net, [device.index] if cuda else None) if world > 1 else net
+    model = ddp(net, [device.index] if cuda else None, broadcast_buffers=False) if world > 1 else net
     work = f"{device}, {amp}, {world} rank(s) x {accumulate} micro-batch(es)"
     log(f"network: {sum(p.numel() for p in params):,} parameters; torch {torch.__version__}, {work}")
 
