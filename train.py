@@ -59,7 +59,7 @@ class Config:
     gt_size: int = 128  # side of the ground-truth patch in pixels
     use_hflip: bool = True  # horizontal flips
     use_rot: bool = True  # vertical flips and transpositions: with use_hflip, all eight symmetries
-    num_workers: int = 4  # loader processes per rank
+    num_workers: int = 4  # loader processes per rank, at most one per core
     # network: SwinIR-M
     scale: int = 1  # upscaling factor
     in_chans: Literal[3, 1] = 3  # 3: RGB, 1: gray
@@ -72,7 +72,7 @@ class Config:
     resi_connection: Literal["1conv", "3conv"] = "1conv"
     img_range: float = 1.0
     drop_path_rate: float = 0.1  # stochastic depth
-    use_checkpoint: bool = False  # recompute activations in the backward pass: less memory, more time
+    use_checkpoint: bool = False  # recompute activations: less memory, more time; on if a CPU needs it
     pretrain_network: str | None = None  # weights to start from: ours, official, BasicSR's or KAIR's
     param_key: str = "params_ema"  # which weights of that file
     strict_load: bool = True  # False: take what fits
@@ -205,9 +205,10 @@ def hardware(cfg: Config, world: int) -> tuple[torch.device, str, int]:
         torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, cfg.amp != "none"
         torch.set_float32_matmul_precision("highest" if cfg.amp == "none" else "high")
         bf16 = torch.cuda.get_device_capability() >= (8, 0)
-    kept = 4 * 17 * cfg.embed_dim * sum(cfg.depths) * (cfg.gt_size / cfg.scale) ** 2  # bytes a sample, about
-    share = cfg.batch_size // world
-    accumulate = cfg.accumulate or (share if kind == "cpu" and share * kept > 4e9 else 1)
+    kept = 4 * 28 * cfg.embed_dim * sum(cfg.depths) * (cfg.gt_size / cfg.scale) ** 2  # bytes a sample, about
+    heavy = kind == "cpu" and cfg.batch_size // world * kept > 4e9
+    accumulate = cfg.accumulate or (cfg.batch_size // world if heavy else 1)
+    cfg.use_checkpoint |= heavy and kept > 4e9
     device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
     auto = "bf16" if bf16 else "tf32" if kind == "cuda" else "none"
     return device, auto if cfg.amp == "auto" else cfg.amp, accumulate
@@ -218,9 +219,8 @@ def open_data(cfg: Config) -> tuple[PairedImageDataset, dict[str, ValidationImag
     gt, lq = (v if isinstance(v, tuple) else (v,) for v in (cfg.val_gt, cfg.val_lq))
     if cfg.val_lq and len(lq) != len(gt):
         raise SystemExit(f"val_lq={cfg.val_lq} must have one entry for each of val_gt={cfg.val_gt}")
-    shared = {k: getattr(cfg, k) for k in ("degradation", "scale", "in_chans", "filename_tmpl")}
+    val_sets, shared = {}, {k: getattr(cfg, k) for k in ("degradation", "scale", "in_chans", "filename_tmpl")}
     shared["sigma"], shared["quality"] = np.max(cfg.sigma), np.min(cfg.quality)
-    val_sets = {}
     for i, root in enumerate(gt if cfg.val_gt or not cfg.dataroot_lq else ()):
         name = Path(root).resolve().stem if root else "synthetic"
         val_sets[name] = ValidationImages(root, lq[i] if cfg.val_lq else None, **shared)
@@ -419,7 +419,7 @@ def main(cfg: Config) -> None:
     for name in {"SIGINT", "SIGTERM", "SIGUSR1"} & set(dir(signal)):
         signal.signal(getattr(signal, name), hear)
     numbers = SampleNumbers(cfg.batch_size, rank, world, start, accumulate)
-    loader = train_loader(dataset, numbers, cfg.num_workers, cuda)
+    loader = train_loader(dataset, numbers, min(cfg.num_workers, os.cpu_count() or 1), cuda)
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
     autocast = torch.autocast(device.type, half, half is not None)
     bar = {"total": cfg.total_iters, "initial": start, "disable": None if rank == 0 else True, "unit": "it"}
