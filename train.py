@@ -371,28 +371,24 @@ def main(cfg: Config) -> None:
             top, when = best[dataset] = max(best.get(dataset, [value, it]), [value, it], key=lambda b: b[0])
             text = f"validation {dataset}: {value:.2f} dB, SSIM {similar:.4f}; input {before:.2f} dB, "
             text += f"best {top:.2f} dB at {when:,} ({colour}, border {cfg.crop_border})"
-            entry = {
-                "psnr": value,
-                "ssim": similar,
-                "best_psnr": top,
-                "best_iter": when,
-                "input_psnr": before,
-            }
+            entry = {"psnr": value, "ssim": similar, "input_psnr": before}
+            entry |= {"best_psnr": top, "best_iter": when}
             log(text, event="val", iter=it, dataset=dataset, **entry)
             if when == it and dataset == next(iter(val_sets)):  # the first set decides
-                save(it, best_only=True)
+                save_network("best", it)
         net.train()
 
-    def save(it: int, best_only: bool = False) -> None:
+    def save_network(name: Any, it: int) -> None:
+        if rank == 0 and not cfg.eval_only:
+            both = {"params": portable(net.state_dict()), "params_ema": portable(ema.state_dict())}
+            write(folder / "models" / f"net_g_{name}.pth", both | {"arguments": net.arguments, "iter": it})
+
+    def save(it: int) -> None:
+        save_network(it, it)
         table = torch.zeros(world, len(sums))
         table[rank] = sums.cpu()
         content = {"iter": it, "best": best, "sums": reduced(table), "config": vars(cfg)}
-        if rank == 0 and not cfg.eval_only:
-            both = {"params": portable(net.state_dict()), "params_ema": portable(ema.state_dict())}
-            both |= {"arguments": net.arguments, "iter": it}
-            write(folder / "models" / f"net_g_{'best' if best_only else it}.pth", both)
-            if best_only:
-                return
+        if rank == 0:
             content |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
             write(folder / "training_states" / f"{it}.state", content)
             states = sorted(folder.glob("training_states/*.state"), key=lambda p: int(p.stem))
@@ -444,8 +440,8 @@ def main(cfg: Config) -> None:
                 bar.update(1 / accumulate)
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
-            good, bad = norm.isfinite().float(), (~norm.isfinite()).float()
-            optimizer.found_inf = bad  # where it is 1, the fused step changes nothing
+            good = norm.isfinite().float()
+            optimizer.found_inf = bad = 1 - good  # where it is 1, the fused step changes nothing
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
