@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
@@ -59,10 +59,11 @@ def read_image(path: str | Path, in_chans: int | None = None, header: bool = Fal
             wide = im.mode[0] == "I" or ";16" in layout
             bits = 32 if im.mode == "F" else max(im.tag_v2.get(258, (8,))) if im.format == "TIFF" else 8
             need(bits <= (16 if wide else 8), "save it with 8 or 16 bits per channel, interleaved")
-            turn = Image.Image.getexif(im).get(0x0112, 1)  # for PNG im.getexif() would decode the image
-            if header:
-                shape = (*im.size[:: 1 if turn > 4 else -1], 1 if im.mode[0] in "1LI" else 3)
+            if header:  # for PNG im.getexif() would decode the image; the size of TIFF is already turned
+                turned = im.format != "TIFF" and Image.Image.getexif(im).get(0x0112, 1) > 4
+                shape = (*im.size[:: 1 if turned else -1], 1 if im.mode[0] in "1LI" else 3)
                 return shape, 1 + wide, im.has_transparency_data
+            ImageOps.exif_transpose(im, in_place=True)
             if im.mode[0] == "I":
                 img = np.asarray(im).astype(np.uint16)
             elif wide:
@@ -70,15 +71,14 @@ def read_image(path: str | Path, in_chans: int | None = None, header: bool = Fal
                 little = layout[-1] == "L" or (layout[-1] == "N" and sys.byteorder == "little")
                 low, other = Image.open(path), layout[:-1] + ("B" if little else "L")
                 low.tile = [t._replace(args=(other, *t.args[1:] * (t.args != layout))) for t in low.tile]
+                ImageOps.exif_transpose(low, in_place=True)
                 img = np.asarray(im).astype(np.uint16) << 8 | np.asarray(low)
             else:  # a palette may have transparency, which only RGBA can take
                 img = im.convert("RGBA") if im.mode in ("P", "PA") else im
                 img = np.asarray(img.convert("L" if im.mode in ("1", "L", "LA") else "RGB"))
     except Exception as error:  # Pillow raises some ten kinds for a damaged file
         raise ValueError(f"{path} can't be read ({error!r})") from None
-    img = np.atleast_3d(img)[..., :3].transpose((1, 0, 2) if turn > 4 else (0, 1, 2))
-    flip_h, flip_w = (-1 if turn in turns else 1 for turns in ((3, 4, 7, 8), (2, 3, 6, 7)))
-    return to_channels(np.ascontiguousarray(img[::flip_h, ::flip_w]), in_chans)
+    return to_channels(np.ascontiguousarray(np.atleast_3d(img)[..., :3]), in_chans)
 
 
 def read_header(path: Path, whole: bool = False) -> tuple[tuple[int, int, int], int, bool] | str:
