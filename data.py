@@ -81,14 +81,6 @@ def read_image(path: str | Path, in_chans: int | None = None, header: bool = Fal
     return to_channels(np.ascontiguousarray(np.atleast_3d(img)[..., :3]), in_chans)
 
 
-def read_header(path: Path, whole: bool = False) -> tuple[tuple[int, int, int], int, bool] | str:
-    """((H, W, C), bytes per value, has alpha), or what is wrong. Decodes nothing unless `whole`."""
-    try:
-        return read_image(path, header=not whole or read_image(path) is not None)
-    except ValueError as error:
-        return str(error)
-
-
 def to_channels(img: np.ndarray, in_chans: int | None) -> np.ndarray:
     """(H, W, C) -> (H, W, in_chans). Gray is the BT.601 luma, rounded like Pillow's convert('L')."""
     if in_chans in (None, img.shape[2]):
@@ -129,8 +121,7 @@ def imresize(img: np.ndarray, scale: float) -> np.ndarray:
 def add_noise(gt: np.ndarray, rng, options) -> np.ndarray:
     """Gaussian, of deviation sigma / 255, not clipped; drawn in BGR order, like the reference test noise."""
     sigma = rng.uniform(*options.sigma) if np.ndim(options.sigma) else options.sigma
-    noise = rng.normal(0, sigma / 255, gt.shape)
-    return (to_float(gt) + noise[..., ::-1]).astype(np.float32)
+    return (to_float(gt) + rng.normal(0, sigma / 255, gt.shape)[..., ::-1]).astype(np.float32)
 
 
 def compress(gt: np.ndarray, rng, options) -> np.ndarray:
@@ -158,24 +149,30 @@ class ImageFolder:
 
     def __init__(self, root: str | Path, cache_gb: float = 2.0, whole: bool = False):
         self.root, self.cache_gb, self.cache, self.cached = Path(root), cache_gb, {}, 0
+
+        def look(path: Path) -> tuple | str:
+            try:
+                shape, depth, alpha = read_image(path, header=not whole or read_image(path) is not None)
+                return path.relative_to(root).as_posix(), shape, depth, alpha
+            except ValueError as error:
+                return str(error)
+
         paths = list_images(root)
         with ThreadPoolExecutor(16) as pool:  # many at a time, for to open a file is mostly to wait for it
-            headers = pool.map(read_header, paths, itertools.repeat(whole))
-            headers = dict(zip(paths, tqdm(headers, str(root), len(paths), disable=not whole), strict=True))
-        self.problems = [header for header in headers.values() if isinstance(header, str)]
-        good = {path: header for path, header in headers.items() if not isinstance(header, str)}
-        self.names = [path.relative_to(root).as_posix() for path in good]
-        self.shapes, self.depths, alphas = ([header[k] for header in good.values()] for k in range(3))
+            found = list(tqdm(pool.map(look, paths), str(root), len(paths), disable=not whole))
+        self.problems = [sentence for sentence in found if isinstance(sentence, str)]
+        good = [header for header in found if not isinstance(header, str)]
+        self.names, self.shapes, self.depths, alphas = ([header[k] for header in good] for k in range(4))
         self.notices = [f"{root}: alpha is dropped from {sum(alphas)} images"] if any(alphas) else []
 
     def __getitem__(self, i: int) -> np.ndarray:
-        if i in self.cache:
-            return self.cache[i]
-        img = read_image(self.root / self.names[i])
-        share = self.cache_gb * 1e9 / getattr(get_worker_info(), "num_workers", 1)
-        if self.cached + img.nbytes <= share:  # none is replaced: with shuffled epochs that gains nothing
+        if i not in self.cache:
+            img = read_image(self.root / self.names[i])
+            share = self.cache_gb * 1e9 / getattr(get_worker_info(), "num_workers", 1)
+            if self.cached + img.nbytes > share:  # none is replaced: with shuffled epochs that gains nothing
+                return img
             self.cache[i], self.cached = img, self.cached + img.nbytes
-        return img
+        return self.cache[i]
 
 
 class PackedImages:
@@ -252,8 +249,7 @@ def dead_leaves(rng: np.random.Generator, size: int, count: int = 300) -> np.nda
     noise /= noise.std(axis=(1, 2), keepdims=True)
     # Colours differ in luminance, and far less along two opponent axes, from the tint of the image.
     mean, spread, smallest, soft = rng.uniform((0.25, 0.1, 0, 0.6), (0.6, 0.3, math.log(6), 1.4))
-    tint, vivid = rng.laplace(0, (0.05, 0.02)), rng.gamma(2, 0.5)
-    chroma = tint + vivid * rng.laplace(0, (0.12, 0.05), (count + 1, 2))
+    chroma = rng.laplace(0, (0.05, 0.02)) + rng.gamma(2, 0.5) * rng.laplace(0, (0.12, 0.05), (count + 1, 2))
     colours = np.insert(chroma, 0, 1, axis=1) @ [[1, 1, 1], [1, 0, -1], [0.5, -1, 0.5]]
     colours = (colours * rng.normal(mean, spread, (count + 1, 1)).clip(0.02, 1)).astype(np.float32)
     r0 = math.exp(-2 * smallest)
@@ -290,15 +286,15 @@ def dead_leaves(rng: np.random.Generator, size: int, count: int = 300) -> np.nda
 def sample_rng(seed: int, number: int, stream: int = 0, reuse=None) -> np.random.Generator:
     """A pure function of the numbers. To set the state of a generator takes a tenth of making one."""
     rng = reuse or np.random.Generator(np.random.Philox(key=0))
-    state = {"counter": np.array([0, 0, 0, stream], "u8"), "key": np.array([seed % 2**64, number], "u8")}
-    unused = {"buffer": np.zeros(4, "u8"), "buffer_pos": 4, "has_uint32": 0, "uinteger": 0}
+    state = {"counter": [0, 0, 0, stream], "key": [seed % 2**64, number]}
+    unused = {"buffer": [0] * 4, "buffer_pos": 4, "has_uint32": 0, "uinteger": 0}
     rng.bit_generator.state = {"bit_generator": "Philox", "state": state, **unused}
     return rng
 
 
 def open_pairs(gts, lqs, scale=1, filename_tmpl="{}", meta_info_file=None, cache_gb=0.0, whole=False):
     """Opens folders and packed files (one, a list, or names separated by commas), pairs images by name, and
-    returns a list of pairs for each GT root, all sources, all problems. A pair (gt, i, lq, j, h, w) is gt[i]
+    returns a list of pairs for each GT root, sources, problems, notices. A pair (gt, i, lq, j, h, w) is gt[i]
     and, unless lq is None, lq[j]; of both h x w LQ pixels are used, aligned top left as in BasicSR."""
     gts, lqs = (str(r).split(",") if isinstance(r, str | Path) else list(r or ()) for r in (gts, lqs))
     need(len(lqs) in (0, len(gts)), "give one dataroot_lq for each dataroot_gt")
@@ -331,7 +327,7 @@ def open_pairs(gts, lqs, scale=1, filename_tmpl="{}", meta_info_file=None, cache
             groups[-1].append((gt, i, lq if lqs else None, j, min(h // scale, lh), min(w // scale, lw)))
         unused = () if meta_info_file else set(by_name.values()) - {pair[3] for pair in groups[-1]}
         problems += [f"{lq.root}/{lq.names[j]} has no partner in {gt.root}" for j in sorted(unused)]
-    return groups, sources, problems
+    return groups, sources, problems, [notice for source in sources for notice in source.notices]
 
 
 class PairedImageDataset(Dataset):
@@ -357,7 +353,7 @@ class PairedImageDataset(Dataset):
         self.in_chans, self.use_hflip, self.use_rot = in_chans, use_hflip, use_rot
         self.seed, self.weights, self.epoch, self.rng = seed, dataset_weights, None, sample_rng(0, 0)
         roots = dataroot_gt, dataroot_lq, scale, filename_tmpl, meta_info_file
-        self.groups, sources, problems = open_pairs(*roots, cache_gb)
+        self.groups, sources, problems, self.notices = open_pairs(*roots, cache_gb)
         rest = f"{len(problems) - 5} more: see python data.py check"
         need(not problems, "; ".join(problems[:5] + [rest] * (len(problems) > 5)))
         need(all(self.groups), f"{meta_info_file} lists no image of one of the roots")
@@ -367,7 +363,6 @@ class PairedImageDataset(Dataset):
         self.pairs = [pair for pairs in self.groups for pair in pairs]
         self.synthetic = None if sources else SyntheticImages(seed, max(256, 2 * gt_size), in_chans)
         self.eight_bit = not any(2 in source.depths for source in sources)
-        self.notices = [notice for source in sources for notice in source.notices]
         if small := sum(min(h, w) * scale < gt_size for *_, h, w in self.pairs):
             self.notices.append(f"{small} images are smaller than gt_size={gt_size}: padded by reflection")
 
@@ -473,9 +468,8 @@ class Prefetcher:
     def load(self) -> None:
         try:
             while self.room.acquire() and not self.closed:
-                batch = next(self.batches)
                 with torch.cuda.stream(self.stream):  # None changes nothing
-                    batch = [images.to(self.device, non_blocking=True) for images in batch]
+                    batch = [images.to(self.device, non_blocking=True) for images in next(self.batches)]
                     batch = [x.float() / 255 if x.dtype == torch.uint8 else x for x in batch]
                     self.ready.put((batch, self.stream and self.stream.record_event(), None))
         except Exception as error:  # from a worker it is a whole traceback that ends in the sentence
@@ -520,18 +514,18 @@ def main(command: str = "", *arguments: str) -> None:
         known, problems = {k: options[k] for k in ("scale", "filename_tmpl") if k in options}, []
         for gt, lq, meta in (("dataroot_gt", "dataroot_lq", "meta_info_file"), ("val_gt", "val_lq", "")):
             known["meta_info_file"] = options.get(meta)
-            groups, sources, found = open_pairs(options.get(gt), options.get(lq), **known, whole=True)
-            notices = [notice for source in sources for notice in source.notices]
+            groups, _, found, notices = open_pairs(options.get(gt), options.get(lq), **known, whole=True)
             print(f"{gt}: {sum(map(len, groups))} images or pairs", *notices, sep="\n")
             problems += found
         sys.exit("\n".join([*problems, f"{len(problems)} problems"]) if problems else print("no problems"))
     elif command == "preview" and len(paths) == 1:  # LQ, enlarged, above GT
         known = options.keys() & PairedImageDataset.__init__.__code__.co_varnames
-        dataset, columns = PairedImageDataset(**{k: options[k] for k in known}), []
-        for lq, gt in (map(to_float, map(np.asarray, dataset[n])) for n in range(8)):
-            columns.append(np.concatenate([lq.repeat(dataset.scale, 1).repeat(dataset.scale, 2), gt], axis=1))
-        sheet = np.rint(np.concatenate(columns, axis=2).clip(0, 1) * 255).astype(np.uint8)
-        Image.fromarray(to_channels(sheet.transpose(1, 2, 0), 3)).save(paths[0])
+        dataset = PairedImageDataset(**{k: options[k] for k in known})
+        with Prefetcher(train_loader(dataset, SampleNumbers(8), num_workers=0), "cpu") as batches:
+            lq, gt = next(batches)
+        sheet = torch.cat([lq.repeat_interleave(dataset.scale, 2).repeat_interleave(dataset.scale, 3), gt], 2)
+        sheet = (sheet.clip(0, 1) * 255).round().byte().permute(2, 0, 3, 1).flatten(1, 2)
+        Image.fromarray(to_channels(sheet.numpy(), 3)).save(paths[0])
     else:
         sys.exit(__doc__)
 

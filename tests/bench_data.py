@@ -79,9 +79,8 @@ def make_lmdb(folder: Path) -> Path:
         for path in paths:
             transaction.put(path.stem.encode(), path.read_bytes())
     env.close()
-    lines = [
-        f"{path.name} ({data.read_header(path)[0]}) 1".replace("((", "(").replace("))", ")") for path in paths
-    ]
+    shapes = [", ".join(map(str, data.read_image(path, header=True)[0])) for path in paths]
+    lines = [f"{path.name} ({shape}) 1" for path, shape in zip(paths, shapes, strict=True)]
     (target / "meta_info.txt").write_text("\n".join(lines))
     return target
 

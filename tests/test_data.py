@@ -135,7 +135,7 @@ def test_modes(tmp_path, mode):
     want = np.asarray(want.convert("RGB"))
     assert np.array_equal(read_image(path, 3), want)
     assert read_image(path, 1).shape == (9, 7, 1)
-    shape, depth, alpha = data.read_header(path)
+    shape, depth, alpha = read_image(path, header=True)
     assert (shape, depth) == (read_image(path).shape, 1) and alpha == (mode in ("LA", "RGBA", "PA"))
 
 
@@ -151,7 +151,7 @@ def test_16_bit_png(tmp_path, c):
     path = save_png16(tmp_path / "x.png", img)
     assert read_image(path).dtype == np.uint16
     assert np.array_equal(read_image(path), img[..., :3])
-    assert data.read_header(path) == ((9, 7, min(c, 3)), 2, c == 4)
+    assert read_image(path, header=True) == ((9, 7, min(c, 3)), 2, c == 4)
 
 
 @pytest.mark.parametrize("c", [3, 4])
@@ -181,7 +181,7 @@ def test_exif_orientation(tmp_path, turn, suffix):
     path = save(tmp_path / f"x.{suffix}", photo(16, 24), exif=exif)
     want = np.asarray(ImageOps.exif_transpose(Image.open(path)))
     assert np.array_equal(read_image(path), want)
-    assert data.read_header(path)[0] == want.shape
+    assert read_image(path, header=True)[0] == want.shape
 
 
 # ---- degradations ----

@@ -19,7 +19,7 @@ def lines(name):
     return (ROOT / name).read_text(encoding="utf-8").splitlines()
 
 
-BUDGET = {"train.py": 500, "model.py": 500, "data.py": 545, "metrics.py": 300}  # the aim for data.py is 500
+BUDGET = {"train.py": 500, "model.py": 500, "data.py": 540, "metrics.py": 300}  # the aim for data.py is 500
 
 
 @pytest.mark.parametrize("name", FILES)
