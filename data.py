@@ -4,8 +4,7 @@
     python data.py check configs/denoise.py               # or: check GT [LQ] --scale=2 --filename_tmpl={}x2
     python data.py preview configs/denoise.py sheet.png   # training pairs, as the network will see them
 
-Images are numpy arrays (H, W, C), RGB or gray, uint8 or uint16; source[i] is one, of a folder, a packed file
-or a generator. All that is random about training sample n is a pure function of (seed, n).
+Images are arrays (H, W, C), RGB or gray, uint8 or uint16. Sample n is a pure function of (seed, n).
 """
 
 import io
@@ -13,14 +12,14 @@ import itertools
 import json
 import math
 import os
-import queue
 import runpy
 import shutil
 import signal
 import sys
-import threading
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +27,6 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
-
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def need(fine, sentence: str) -> None:
@@ -39,12 +36,12 @@ def need(fine, sentence: str) -> None:
 
 def list_images(root: str | Path) -> list[Path]:
     """Image files below `root`, sorted. Hidden ones are skipped; folders met again through a link, too."""
-    paths, entered = [], {os.path.realpath(root)}
+    paths, entered, kinds = [], {os.path.realpath(root)}, ".bmp .jpeg .jpg .png .tif .tiff .webp".split()
     for folder, subfolders, files in os.walk(root, followlinks=True):
         inner = {os.path.realpath(Path(folder, s)): s for s in sorted(subfolders)[::-1] if s[0] != "."}
         subfolders[:] = sorted(inner[real] for real in inner.keys() - entered)
         entered |= inner.keys()
-        paths += [Path(folder, f) for f in files if f[0] != "." and f.lower().endswith(IMAGE_SUFFIXES)]
+        paths += [Path(folder, f) for f in files if f[0] != "." and Path(f).suffix.lower() in kinds]
     need(paths, f"{root} is neither a folder with images nor a packed file")
     return sorted(paths)
 
@@ -68,8 +65,7 @@ def read_image(path: str | Path, in_chans: int | None = None, header: bool = Fal
                 img = np.asarray(im).astype(np.uint16)
             elif wide:
                 # Pillow keeps the high byte of 16-bit colour: told the other byte order, the low byte.
-                little = layout[-1] == "L" or (layout[-1] == "N" and sys.byteorder == "little")
-                low, other = Image.open(path), layout[:-1] + ("B" if little else "L")
+                low, other = Image.open(path), layout[:-1] + ("L" if layout[-1] == "B" else "B")
                 low.tile = [t._replace(args=(other, *t.args[1:] * (t.args != layout))) for t in low.tile]
                 ImageOps.exif_transpose(low, in_place=True)
                 img = np.asarray(im).astype(np.uint16) << 8 | np.asarray(low)
@@ -87,8 +83,7 @@ def to_channels(img: np.ndarray, in_chans: int | None) -> np.ndarray:
         return img
     if in_chans == 3:
         return np.repeat(img, 3, axis=2)
-    luma = (img.astype(np.uint32) @ np.array([19595, 38470, 7471], np.uint32) + 0x8000) >> 16
-    return luma.astype(img.dtype)[..., None]
+    return (img @ np.array([19595, 38470, 7471], "u4") + 0x8000 >> 16).astype(img.dtype)[..., None]
 
 
 def to_float(img: np.ndarray) -> np.ndarray:
@@ -112,8 +107,7 @@ def imresize(img: np.ndarray, scale: float) -> np.ndarray:
         taps = np.minimum(taps, 2 * len(rows) - 1 - taps)
         for tap, weight in zip(taps.T, weights.T, strict=True):  # in order, which decides how ties round
             out = out + weight[:, None, None] * rows[tap] if weight.any() else out
-        if img.dtype.kind == "u":
-            out = np.clip(np.floor(out + 0.5), 0, np.iinfo(img.dtype).max)
+        out = np.clip(np.floor(out + 0.5), 0, np.iinfo(img.dtype).max) if img.dtype.kind == "u" else out
         img = np.moveaxis(out, 0, axis).astype(img.dtype)
     return img
 
@@ -137,9 +131,9 @@ def downscale(gt: np.ndarray, rng, options) -> np.ndarray:
     return imresize(gt, 1 / options.scale)
 
 
-# name: (pure function (gt, rng, options) -> lq, margin). gt: (H, W, C) uint8 or uint16; lq: (H, W) / scale,
-# likewise or float32 in [0, 1]. A crop is degraded with `margin` LQ pixels around it, from a multiple of it,
-# and so equals the crop of the degraded image: 16 is a block of 4:2:0 JPEG, 4 the reach of the cubic kernel.
+# name: (pure function (gt, rng, options) -> lq, margin). gt: (H, W, C) uint8 or uint16; lq: / scale, likewise
+# or float32 in [0, 1]. A crop is degraded with `margin` LQ pixels around it, from a multiple of it, and so
+# equals the crop of the degraded image: 16 is a block of 4:2:0 JPEG, 4 the reach of the cubic kernel.
 DEGRADATIONS = {"noise": (add_noise, 0), "jpeg": (compress, 16), "bicubic": (downscale, 4)}
 
 
@@ -148,19 +142,17 @@ class ImageFolder:
     alone are read, or `whole` files. Decoded ones are kept while `cache_gb`, shared by workers, lasts."""
 
     def __init__(self, root: str | Path, cache_gb: float = 2.0, whole: bool = False):
-        self.root, self.cache_gb, self.cache, self.cached = Path(root), cache_gb, {}, 0
-
         def look(path: Path) -> tuple | str:
             try:
-                shape, depth, alpha = read_image(path, header=not whole or read_image(path) is not None)
-                return path.relative_to(root).as_posix(), shape, depth, alpha
+                header = read_image(path, header=not whole or read_image(path) is not None)
+                return path.relative_to(root).as_posix(), *header
             except ValueError as error:
                 return str(error)
 
-        paths = list_images(root)
+        self.root, self.cache_gb, self.cache, self.cached = Path(root), cache_gb, {}, 0
         with ThreadPoolExecutor(16) as pool:  # many at a time, for to open a file is mostly to wait for it
-            found = list(tqdm(pool.map(look, paths), str(root), len(paths), disable=not whole))
-        self.problems = [sentence for sentence in found if isinstance(sentence, str)]
+            found = list(tqdm(pool.map(look, list_images(root)), str(root), disable=not whole))
+        self.problems = [header for header in found if isinstance(header, str)]
         good = [header for header in found if not isinstance(header, str)]
         self.names, self.shapes, self.depths, alphas = ([header[k] for header in good] for k in range(4))
         self.notices = [f"{root}: alpha is dropped from {sum(alphas)} images"] if any(alphas) else []
@@ -208,16 +200,15 @@ def pack(source: str | Path, target: str | Path) -> None:
     total, free = pixels + len(index) + 16, shutil.disk_usage(partial.absolute().parent).free
     print(f"{target}: {len(sizes)} images, {total / 1e9:.2f} of {free / 1e9:.2f} GB free", *folder.notices)
     need(total < 0.98 * free, f"{target} would fill the disk: make room, or pack to another one")
-    with partial.open("wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
-        header = {"descr": "|u1", "fortran_order": False, "shape": (total,)}
-        np.lib.format.write_array_header_1_0(file, header)
+    with partial.open("wb") as f, ThreadPoolExecutor(os.cpu_count()) as pool:
+        np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": (total,)})
         for k in tqdm(range(0, len(sizes), 16), "16 images each"):  # that many in memory
             for i, img in enumerate(pool.map(folder.__getitem__, range(len(sizes))[k : k + 16]), k):
                 need(img.nbytes == sizes[i], f"{source}/{folder.names[i]} has changed meanwhile: pack again")
-                file.write(img.astype(f"<u{img.itemsize}").tobytes())
-        file.write(index + len(index).to_bytes(8, "little") + PackedImages.MAGIC)
-        file.flush()
-        os.fsync(file.fileno())
+                f.write(img.astype(f"<u{img.itemsize}"))
+        f.write(index + len(index).to_bytes(8, "little") + PackedImages.MAGIC)
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(partial, target)
 
 
@@ -225,25 +216,21 @@ class SyntheticImages:
     """Dead leaves: images[number] is (size, size, in_chans) uint8, a pure function of (seed, number).
     After Achddou et al., "Synthetic images as a regularity prior", and VibrantLeaves, arXiv 2504.10201."""
 
-    KEPT = 256  # images in memory, 50 MB in each worker
+    POOL = 256  # images in use at a time: 50 MB in each worker
 
     def __init__(self, seed: int = 0, size: int = 256, in_chans: int = 3):
-        self.seed, self.size, self.in_chans, self.cache = seed, size, in_chans, {}
+        self.seed, self.size, self.in_chans = seed, size, in_chans
 
     def __getitem__(self, number: int) -> np.ndarray:
-        slot = number % self.KEPT
-        if self.cache.get(slot, (None, None))[0] != number:
-            img = dead_leaves(sample_rng(self.seed, number, 1), self.size)
-            self.cache[slot] = number, to_channels(img, self.in_chans)
-        return self.cache[slot][1]
+        return to_channels(dead_leaves(self.seed, number, self.size), self.in_chans)
 
 
-def dead_leaves(rng: np.random.Generator, size: int, count: int = 300) -> np.ndarray:
+@lru_cache(maxsize=SyntheticImages.POOL + 64)  # room for those that have just left the pool
+def dead_leaves(seed: int, number: int, size: int, count: int = 300) -> np.ndarray:
     """(size, size, 3) uint8: a ground and `count` leaves, painted from back to front."""
-    y, x = np.mgrid[:size, :size].astype(np.float32)
+    rng, (y, x) = sample_rng(seed, number, 1), np.mgrid[:size, :size].astype(np.float32)
     # Noise with the amplitude spectrum 1 / frequency^p, from grain (p = 0.5) to clouds (2); deviation 1.
-    f = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size))
-    f[0, 0] = np.inf
+    f = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)).clip(1 / size)
     noise = np.fft.rfft2(rng.standard_normal((3, size, size), np.float32))
     noise = np.fft.irfft2(noise / f ** rng.uniform(0.5, 2, (3, 1, 1)), (size, size)).astype(np.float32)
     noise /= noise.std(axis=(1, 2), keepdims=True)
@@ -256,28 +243,20 @@ def dead_leaves(rng: np.random.Generator, size: int, count: int = 300) -> np.nda
     radii = (r0 - rng.random(count + 1) * (r0 - size**-2)) ** -0.5  # density ~ r^-3
     radii[:16] = [2 * size, *rng.uniform(size / 16, size / 3, 15)]  # the ground, and what covers most of it
     img = np.zeros((size, size, 3), np.float32)
-    leaves = zip(radii.tolist(), colours, rng.random((count + 1, 12)).tolist(), strict=True)
+    leaves = zip(radii.tolist(), colours, rng.random((count + 1, 10)).tolist(), strict=True)
     for r, colour, (cy, cx, turn, kind, *u) in leaves:
         cy, cx, cos, sin = cy * size, cx * size, math.cos(2 * math.pi * turn), math.sin(2 * math.pi * turn)
         box = tuple(slice(max(int(c - r - 2), 0), int(c + r + 3)) for c in (cy, cx))
         a, b = cos * (x[box] - cx) + sin * (y[box] - cy), cos * (y[box] - cy) - sin * (x[box] - cx)
-        flat = 0.3 + 0.7 * u[0] if kind < 0.4 else 1.0  # an ellipse, or a disk from which the others are cut
+        b -= (kind > 0.7) * (u[0] - 0.5) * (a * a / r - r / 3)  # some are bent
+        flat = 0.3 + 0.7 * u[1] if kind < 0.7 else max(0.4 / r, -0.08 * math.log(1 - u[1]))  # a leaf, a hair
         out = (np.hypot(a, b / flat) - r) * flat  # distance from the outline in pixels, < 0 inside
-        if 0.4 <= kind < 0.75:  # a polygon with round corners
-            for side in rng.uniform(0, 2 * math.pi, 3 + int(4 * u[0])).tolist():
-                far = math.cos(side) * a + math.sin(side) * b - r * (0.3 + 0.5 * math.cos(side) ** 2)
-                np.maximum(out, far, out=out)
-        elif kind >= 0.75:  # a bent stroke: a hair, a twig
-            bend = (u[0] - 0.5) * (a * a / r - r / 3)
-            np.maximum(out, np.abs(b - bend) - max(0.4, -0.08 * r * math.log(1 - u[1])), out=out)
-        grain, light = noise[int(3 * u[2])], np.ones_like(out)
-        if r > 4:  # shading, and noise or stripes; the amplitudes are exponential
-            out += 0.3 * r * u[3] * (u[3] < 0.5) * grain[box]  # ragged
-            light -= 0.08 * math.log(1 - u[4]) * grain[:: 1 if u[5] < 0.5 else -1].T[box]
-            light += (u[6] - 0.5) / size * a
-            if u[7] < 0.25:
-                wave = 2 * math.pi / (2 - min(r, 12) * math.log(1 - 4 * u[7]))
-                light -= 0.15 * math.log(1 - 0.99 * u[4]) * np.sin(wave * a + wave * b * u[6] + grain[box])
+        for side in rng.uniform(0, 2 * math.pi, 3 + int(4 * u[0])).tolist() if kind < 0.35 else ():  # polygon
+            far = math.cos(side) * a + math.sin(side) * b - r * (0.3 + 0.5 * math.cos(side) ** 2)
+            np.maximum(out, far, out=out)
+        grain = noise[int(3 * u[2])]  # for a ragged outline and, with a slope, for the light
+        out += 0.3 * r * u[3] * (u[3] < 0.5) * grain[box]
+        light = 1 + (u[5] - 0.5) / size * a - 0.08 * math.log(1 - u[4]) * grain.T[box]
         cover = (0.5 - out / soft).clip(0, 1)[..., None] if r < 2 * size else 1
         img[box] += cover * (light[..., None] * colour - img[box])
     return (img.clip(0, 1) * 255 + 0.5).astype(np.uint8)
@@ -288,7 +267,7 @@ def sample_rng(seed: int, number: int, stream: int = 0, reuse=None) -> np.random
     rng = reuse or np.random.Generator(np.random.Philox(key=0))
     state = {"counter": [0, 0, 0, stream], "key": [seed % 2**64, number]}
     unused = {"buffer": [0] * 4, "buffer_pos": 4, "has_uint32": 0, "uinteger": 0}
-    rng.bit_generator.state = {"bit_generator": "Philox", "state": state, **unused}
+    rng.bit_generator.state = {"bit_generator": "Philox", "state": state} | unused
     return rng
 
 
@@ -302,12 +281,12 @@ def open_pairs(gts, lqs, scale=1, filename_tmpl="{}", meta_info_file=None, cache
     need(not meta_info_file or Path(meta_info_file).is_file(), f"meta_info_file={meta_info_file} is missing")
     lines = Path(meta_info_file).read_text("utf-8").splitlines() if meta_info_file else []
     listed = {line.rsplit(" (", 1)[0].strip() for line in lines} - {""}  # a line: name.png (h,w,c)
-    share = cache_gb / max(len(gts + lqs), 1)
-    sources = [PackedImages(r) if Path(r).is_file() else ImageFolder(r, share, whole) for r in gts + lqs]
-    problems = [problem for source in sources for problem in source.problems]
-    gts, lqs, groups = sources[: len(gts)], sources[len(gts) :], []
-    missing = listed.difference(*(gt.names for gt in gts))
-    problems += [f"{meta_info_file}: {name} is missing" for name in sorted(missing)]
+    roots, n = gts + lqs, len(gts)
+    sources = [PackedImages(r) if Path(r).is_file() else ImageFolder(r, cache_gb / n, whole) for r in roots]
+    problems, notices = ([x for s in sources for x in getattr(s, k)] for k in ("problems", "notices"))
+    gts, lqs, groups = sources[:n], sources[n:], []
+    missing = sorted(listed.difference(*(gt.names for gt in gts)))
+    problems += [f"{meta_info_file}: {name} is missing" for name in missing]
     for gt, lq in zip(gts, lqs or gts, strict=True):
         by_name = {key: j for j, name in enumerate(lq.names) for key in (os.path.splitext(name)[0], name)}
         groups.append([])
@@ -327,21 +306,21 @@ def open_pairs(gts, lqs, scale=1, filename_tmpl="{}", meta_info_file=None, cache
             groups[-1].append((gt, i, lq if lqs else None, j, min(h // scale, lh), min(w // scale, lw)))
         unused = () if meta_info_file else set(by_name.values()) - {pair[3] for pair in groups[-1]}
         problems += [f"{lq.root}/{lq.names[j]} has no partner in {gt.root}" for j in sorted(unused)]
-    return groups, sources, problems, [notice for source in sources for notice in source.notices]
+    return groups, sources, problems, notices
 
 
 class PairedImageDataset(Dataset):
-    """Training pairs: dataset[n] -> (lq (C, h, w), gt (C, h * scale, w * scale)), for any n >= 0.
-    8-bit pixels stay uint8, for the device to divide by 255; all else is float32, where 1 is white.
-    dataroot_gt: a folder, a packed file, or several; None: synthetic images. dataroot_lq: likewise; None:
-    made by `degradation`; its `sigma` (of 255) and `quality` (of JPEG) are numbers or (low, high) ranges.
-    An epoch visits each image once; with `dataset_weights` each sample draws one of the roots."""
+    """Training pairs: dataset[n] -> (lq (C, h, w), gt (C, h * scale, w * scale)), for any n >= 0; uint8 from
+    8-bit files, for the device to divide by 255, else float32 in [0, 1]. dataroot_gt: a folder, a packed
+    file, several; None: synthetic images. dataroot_lq: likewise; None: made by `degradation`, whose `sigma`
+    (of 255) and `quality` (of JPEG) are numbers or (low, high). With `dataset_weights` roots are drawn."""
 
     def __init__(
         self, dataroot_gt=None, dataroot_lq=None, degradation="noise", sigma=25, quality=40, scale=1,
         gt_size=128, in_chans=3, filename_tmpl="{}", meta_info_file=None, dataset_weights=None,
         use_hflip=True, use_rot=True, seed=0, cache_gb=2.0,
     ):  # fmt: skip
+        vars(self).update({k: v for k, v in locals().items() if k != "self"})
         need(in_chans in (1, 3), f"in_chans={in_chans} is neither 1 nor 3")
         need(gt_size % scale == 0, f"gt_size={gt_size} is no multiple of scale={scale}")
         for name, value in (("sigma", sigma), ("quality", quality)):
@@ -349,34 +328,30 @@ class PairedImageDataset(Dataset):
             need(0 <= low <= high, f"{name}={value} is neither a number nor a range (low, high)")
         self.degrade, self.margin = (None, 0) if dataroot_lq else DEGRADATIONS.get(degradation, (None, None))
         need(self.margin is not None, f"degradation={degradation}: not one of {', '.join(DEGRADATIONS)}")
-        self.scale, self.sigma, self.quality, self.gt_size = scale, sigma, quality, gt_size
-        self.in_chans, self.use_hflip, self.use_rot = in_chans, use_hflip, use_rot
-        self.seed, self.weights, self.epoch, self.rng = seed, dataset_weights, None, sample_rng(0, 0)
-        roots = dataroot_gt, dataroot_lq, scale, filename_tmpl, meta_info_file
-        self.groups, sources, problems, self.notices = open_pairs(*roots, cache_gb)
-        rest = f"{len(problems) - 5} more: see python data.py check"
-        need(not problems, "; ".join(problems[:5] + [rest] * (len(problems) > 5)))
+        found = open_pairs(dataroot_gt, dataroot_lq, scale, filename_tmpl, meta_info_file, cache_gb)
+        self.groups, sources, problems, self.notices = found
+        more = [f"{len(problems)} problems: see python data.py check"] * (len(problems) > 5)
+        need(not problems, "; ".join(problems[:5] + more))
         need(all(self.groups), f"{meta_info_file} lists no image of one of the roots")
-        weights = dataset_weights or [1] * len(self.groups)
-        fine = len(weights) == len(self.groups) and min(weights, default=0) >= 0 < max(weights, default=1)
-        need(fine, f"dataset_weights={weights}: give one for each of {len(self.groups)} roots, none negative")
+        fine = len(dataset_weights or self.groups) == len(self.groups) and min(dataset_weights or [1]) > 0
+        need(fine, f"dataset_weights={dataset_weights}: give a positive one for each root")
         self.pairs = [pair for pairs in self.groups for pair in pairs]
         self.synthetic = None if sources else SyntheticImages(seed, max(256, 2 * gt_size), in_chans)
-        self.eight_bit = not any(2 in source.depths for source in sources)
-        if small := sum(min(h, w) * scale < gt_size for *_, h, w in self.pairs):
-            self.notices.append(f"{small} images are smaller than gt_size={gt_size}: padded by reflection")
+        self.epoch, self.rng, self.eight_bit = None, sample_rng(0, 0), not any(2 in s.depths for s in sources)
+        small = sum(min(h, w) * scale < gt_size for *_, h, w in self.pairs)
+        self.notices += [f"{small} images are smaller than gt_size={gt_size}: padded by reflection"][:small]
 
     def __len__(self) -> int:
-        return len(self.pairs) or SyntheticImages.KEPT
+        return len(self.pairs) or SyntheticImages.POOL
 
     def pick(self, n: int, u: float, v: float) -> tuple:
         """The pair of sample n, whose random numbers in [0, 1) are u and v."""
         if self.synthetic:  # a pool, small at first, which an image joins every 64 samples
             newest, size = 8 + n // 64, self.synthetic.size // self.scale
-            number = newest - int(u * min(newest + 1, SyntheticImages.KEPT))
+            number = newest - int(u * min(newest + 1, SyntheticImages.POOL))
             return self.synthetic, number, None, number, size, size
-        if self.weights:
-            bounds = np.cumsum(self.weights)
+        if self.dataset_weights:
+            bounds = np.cumsum(self.dataset_weights)
             group = self.groups[np.searchsorted(bounds, u * bounds[-1], side="right")]
             return group[int(v * len(group))]
         epoch, position = divmod(n, len(self.pairs))
@@ -394,11 +369,11 @@ class PairedImageDataset(Dataset):
         bottom = min(-(-(top + size) // block) * block + margin, h)
         right = min(-(-(left + size) // block) * block + margin, w)
         gt = to_channels(gt[i][y * scale : bottom * scale, x * scale : right * scale], self.in_chans)
-        gt = gt if margin else reflect(gt, self.gt_size)  # first, for noise should not be mirrored
+        gt = gt if margin else self.pad(gt, self.gt_size)  # first, for noise should not be mirrored
         lq = lq[j][y:bottom, x:right] if lq else self.degrade(gt, rng, self)
-        lq = reflect(to_channels(lq[top - y :, left - x :][:size, :size], self.in_chans), size)
+        lq = self.pad(to_channels(lq[top - y :, left - x :][:size, :size], self.in_chans), size)
         gt = gt[(top - y) * scale :, (left - x) * scale :][: self.gt_size, : self.gt_size]
-        return self.augment(lq, *u[4:]), self.augment(reflect(gt, self.gt_size), *u[4:])
+        return self.augment(lq, *u[4:]), self.augment(self.pad(gt, self.gt_size), *u[4:])
 
     def augment(self, img: np.ndarray, u: float, v: float, t: float) -> torch.Tensor:
         """(H, W, C) -> (C, H, W), in one of BasicSR's eight symmetries."""
@@ -406,17 +381,15 @@ class PairedImageDataset(Dataset):
         img = img.transpose((2, 1, 0) if self.use_rot and t < 0.5 else (2, 0, 1))
         return torch.from_numpy(np.ascontiguousarray(img if self.eight_bit else to_float(img)))
 
-
-def reflect(img: np.ndarray, size: int) -> np.ndarray:
-    """Pads to at least (size, size). The edge is mirrored too, lest LQ and GT be shifted."""
-    h, w = max(size - img.shape[0], 0), max(size - img.shape[1], 0)
-    return np.pad(img, ((0, h), (0, w), (0, 0)), "symmetric") if h or w else img
+    def pad(self, img: np.ndarray, size: int) -> np.ndarray:
+        """To at least (size, size), by reflection. The edge is mirrored too, lest LQ and GT be shifted."""
+        h, w = (max(size - n, 0) for n in img.shape[:2])
+        return np.pad(img, ((0, h), (0, w), (0, 0)), "symmetric") if h or w else img
 
 
 class ValidationImages(PairedImageDataset):
-    """Whole images: images[i] -> {name, lq: float32 (C, h, w), gt: array (h * scale, w * scale, C) as read}.
-    If `val_gt` is None there are `count` synthetic images, the same for every seed. Noise is the reference
-    test noise, np.random.seed(0) before each image. GT is cut to multiples of `scale`."""
+    """images[i] -> {name, lq: float32 (C, h, w), gt: array (h * scale, w * scale, C)}, whole. Noise is the
+    reference test noise, np.random.seed(0) before each image. Without `val_gt`: `count` synthetic images."""
 
     def __init__(self, val_gt=None, val_lq=None, count: int = 16, **options):
         super().__init__(val_gt, val_lq, gt_size=options.get("scale", 1), seed=-1, cache_gb=0, **options)
@@ -428,8 +401,8 @@ class ValidationImages(PairedImageDataset):
         name = f"synthetic{i:02d}" if self.synthetic else os.path.splitext(gt.names[k])[0]
         gt = to_channels(gt[k][: h * self.scale, : w * self.scale], self.in_chans).copy()
         lq = lq[j][:h, :w] if lq else self.degrade(gt, np.random.RandomState(0), self)
-        lq = to_float(to_channels(lq, self.in_chans)).transpose(2, 0, 1)
-        return {"name": name, "lq": torch.from_numpy(lq.copy()), "gt": gt}
+        lq = torch.from_numpy(to_float(to_channels(lq, self.in_chans)).transpose(2, 0, 1).copy())
+        return {"name": name, "lq": lq, "gt": gt}
 
 
 def SampleNumbers(batch_size: int, rank: int = 0, world: int = 1, start: int = 0, accumulate: int = 1):
@@ -447,45 +420,37 @@ def ignore_interrupt(worker: int) -> None:
 
 def train_loader(dataset, sampler, num_workers: int, pin: bool = False, **options) -> DataLoader:
     """Batches in the sampler's order, without end: workers start once. `pin` if they are for a GPU."""
-    if num_workers:  # batches ahead per worker: a slow file now and then does no harm
-        options |= {"prefetch_factor": 4, "worker_init_fn": ignore_interrupt}
-    return DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers, pin_memory=pin, **options)
+    options |= {"batch_sampler": sampler, "pin_memory": pin, "worker_init_fn": ignore_interrupt}
+    return DataLoader(dataset, num_workers=num_workers, **options)
 
 
 class Prefetcher:
     """Iterates (lq, gt), float32 on `device`, loaded and copied ahead by a thread, on CUDA in a side stream.
-    next() raises what fails there or in a worker: ValueError with the dataset's sentence, RuntimeError for a
-    killed worker. `wait`: the seconds that it waited. close(), or the end of `with`, ends all."""
+    next() raises the dataset's ValueError, or RuntimeError for a killed worker. `wait`: seconds so far."""
 
     def __init__(self, loader: DataLoader, device: torch.device | str):
-        self.device, self.wait, self.closed = torch.device(device), 0.0, False
+        self.device, self.wait = torch.device(device), 0.0
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self.ready, self.room = queue.SimpleQueue(), threading.Semaphore(2)  # two batches on the device
         self.batches = iter(loader)  # here, because processes are best forked by the main thread
-        self.thread = threading.Thread(target=self.load, daemon=True)
-        self.thread.start()
+        self.thread = ThreadPoolExecutor(1)
+        self.ready = deque(self.thread.submit(self.load) for _ in range(2))  # two batches on the device
 
-    def load(self) -> None:
-        try:
-            while self.room.acquire() and not self.closed:
-                with torch.cuda.stream(self.stream):  # None changes nothing
-                    batch = [images.to(self.device, non_blocking=True) for images in next(self.batches)]
-                    batch = [x.float() / 255 if x.dtype == torch.uint8 else x for x in batch]
-                    self.ready.put((batch, self.stream and self.stream.record_event(), None))
-        except Exception as error:  # from a worker it is a whole traceback that ends in the sentence
-            if isinstance(error, ValueError):
-                error = ValueError(str(error).strip().rpartition("\n")[2].removeprefix("ValueError: "))
-            dead = isinstance(error, OSError | EOFError)  # a worker was killed while it sent a batch
-            self.ready.put((None, None, RuntimeError(f"a worker has died: {error!r}") if dead else error))
+    def load(self) -> tuple[list[torch.Tensor], torch.cuda.Event | None]:
+        with torch.cuda.stream(self.stream):  # None changes nothing
+            batch = [images.to(self.device, non_blocking=True) for images in next(self.batches)]
+            batch = [x.float() / 255 if x.dtype == torch.uint8 else x for x in batch]
+            return batch, self.stream and self.stream.record_event()
 
     def __next__(self) -> list[torch.Tensor]:
         start = time.perf_counter()
-        batch, copied, error = self.ready.get()
-        self.wait = time.perf_counter() - start
-        self.room.release()
-        if error:
-            self.ready.put((None, None, error))  # for whoever asks again
-            raise error
+        try:
+            batch, copied = self.ready.popleft().result()
+        except ValueError as error:  # from a worker it is a whole traceback that ends in the sentence
+            raise ValueError(str(error).strip().rpartition("\n")[2].removeprefix("ValueError: ")) from None
+        except (OSError, EOFError) as error:  # while a worker sent a batch
+            raise RuntimeError(f"a worker has died: {error!r}") from None
+        self.wait += time.perf_counter() - start
+        self.ready.append(self.thread.submit(self.load))
         if copied:
             torch.cuda.current_stream(self.device).wait_event(copied)
             for images in batch:  # lest the side stream reuse their memory while they are in use
@@ -493,9 +458,7 @@ class Prefetcher:
         return batch
 
     def close(self, *_) -> None:
-        self.closed = True
-        self.room.release()
-        self.thread.join(timeout=30)
+        self.thread.shutdown(cancel_futures=True)
         self.batches = None  # the last reference to the loader's iterator, with which its workers end
 
     __exit__ = close
@@ -510,21 +473,19 @@ def main(command: str = "", *arguments: str) -> None:
     if command == "pack" and len(paths) == 2:
         pack(*paths)
     elif command == "check" and (paths or options):  # decode all
-        options |= zip(("dataroot_gt", "dataroot_lq"), paths, strict=False)
-        known, problems = {k: options[k] for k in ("scale", "filename_tmpl") if k in options}, []
+        options, problems = options | dict(zip(("dataroot_gt", "dataroot_lq"), paths, strict=False)), []
         for gt, lq, meta in (("dataroot_gt", "dataroot_lq", "meta_info_file"), ("val_gt", "val_lq", "")):
-            known["meta_info_file"] = options.get(meta)
+            known = {k: options[k] for k in ("scale", "filename_tmpl", meta) if k in options}
             groups, _, found, notices = open_pairs(options.get(gt), options.get(lq), **known, whole=True)
             print(f"{gt}: {sum(map(len, groups))} images or pairs", *notices, sep="\n")
             problems += found
         sys.exit("\n".join([*problems, f"{len(problems)} problems"]) if problems else print("no problems"))
     elif command == "preview" and len(paths) == 1:  # LQ, enlarged, above GT
         known = options.keys() & PairedImageDataset.__init__.__code__.co_varnames
-        dataset = PairedImageDataset(**{k: options[k] for k in known})
-        with Prefetcher(train_loader(dataset, SampleNumbers(8), num_workers=0), "cpu") as batches:
-            lq, gt = next(batches)
-        sheet = torch.cat([lq.repeat_interleave(dataset.scale, 2).repeat_interleave(dataset.scale, 3), gt], 2)
-        sheet = (sheet.clip(0, 1) * 255).round().byte().permute(2, 0, 3, 1).flatten(1, 2)
+        loader = train_loader(PairedImageDataset(**{k: options[k] for k in known}), SampleNumbers(8), 0)
+        lq, gt = (x.float() / 255 if x.dtype == torch.uint8 else x for x in next(iter(loader)))
+        sheet = torch.cat([torch.nn.functional.interpolate(lq, gt.shape[2:]), gt], 2).clip(0, 1) * 255
+        sheet = sheet.round().byte().permute(2, 0, 3, 1).flatten(1, 2)
         Image.fromarray(to_channels(sheet.numpy(), 3)).save(paths[0])
     else:
         sys.exit(__doc__)

@@ -27,12 +27,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from data import PairedImageDataset, Prefetcher, SampleNumbers, ValidationImages, train_loader
-from metrics import LOSSES, psnr, ssim
+from data import PairedImageDataset, Prefetcher, SampleNumbers, ValidationImages, imresize, train_loader
+from metrics import LOSSES, psnr, psnrb, ssim
 from model import SwinIR, load_weights, portable, restore
 
 
@@ -97,6 +96,7 @@ class Config:
     val_freq: int = 5000  # iterations between validations; 0: never
     crop_border: int = 0  # pixels cut off on each side before PSNR and SSIM
     test_y_channel: bool = False  # PSNR and SSIM on the Y channel of YCbCr
+    pad_window: bool = False  # pad a window more than needed, as the script behind SwinIR's published figures
     save_img: bool = False  # also write a strip (input, output, ground truth) for each validation image
     print_freq: int = 100
     save_checkpoint_freq: int = 5000
@@ -163,18 +163,17 @@ def check(cfg: Config) -> None:
         numbers = [v for v in (value if isinstance(value, tuple) else [value]) if type(v) in (int, float)]
         need(type(value) is not tuple or "_" in name or len(numbers) == len(value), name, "numbers, as 6,6")
         default = getattr(Config, name)  # what is at least 1 by default makes no sense at 0
-        low = int(
-            type(default) is int and default > 0 and name not in ("num_workers", "val_freq", "keep_last")
-        )
-        need(all(low <= v < 2**63 for v in numbers), name, f"finite and at least {low}")
+        low = int(type(default) is int and default > 0 and name[:4] not in ("num_", "val_", "keep"))
+        high = 1 if name in ("betas", "ema_decay", "drop_path_rate") else 2**63
+        need(all(low <= v < high for v in numbers), name, f"at least {low} and below {high}")
     need(len(cfg.betas) == 2, "betas", "two numbers")
-    need(max(cfg.ema_decay, cfg.drop_path_rate, *cfg.betas) < 1, "betas", "below 1, as the EMA's decay is")
     whole = all(type(v) is int and v > 0 for v in cfg.depths + cfg.num_heads)
     need(cfg.depths and whole, "depths", "positive whole numbers, and so num_heads")
     need(cfg.name == Path(cfg.name).name and cfg.name.isprintable(), "name", "the name of a folder")
     need(cfg.gt_size % cfg.scale == 0, "gt_size", f"a multiple of scale={cfg.scale}")
     need((cfg.upsampler == "") == (cfg.scale == 1), "upsampler", f"'' for scale 1 only, not for {cfg.scale}")
-    need(cfg.scale == 1 or cfg.dataroot_lq or cfg.degradation == "bicubic", "degradation", "bicubic for SR")
+    flat = cfg.scale > 1 and not cfg.dataroot_lq and cfg.degradation in ("noise", "jpeg")
+    need(not flat, "degradation", "bicubic, or your own that makes images smaller")
 
 
 def options_of(function: Any, cfg: Config) -> dict[str, Any]:
@@ -194,9 +193,9 @@ def lr_at(it: int, cfg: Config) -> float:
 
 def hardware(cfg: Config, world: int) -> tuple[torch.device, str, int]:
     """What `auto` and None stand for here: the device, the precision, the micro-batches per step and rank."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    kind = cfg.device if cfg.device != "auto" else "cuda" if cuda else "mps" if mps else "cpu"
-    if not {"cuda": cuda, "mps": mps, "cpu": True}[kind]:
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = max(found, key=found.get) if cfg.device == "auto" else cfg.device  # the first that is found
+    if not found[kind]:
         raise SystemExit(f"device={kind}: PyTorch finds none here; --device=auto takes what there is")
     private = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     bf16 = kind == "cpu" and any(getattr(torch.cpu, name, bool)() for name in private)
@@ -321,10 +320,8 @@ def main(cfg: Config) -> None:
     if start and (fixed := sorted(fixed & changed.keys())):
         raise SystemExit(f"{', '.join(fixed)} can't change in a run: use another --name, or --resume=never")
     found = f"{len(dataset):,} images" if cfg.dataroot_gt else "synthetic images (no dataroot_gt given)"
-    log(f"data: {found}; validation: {', '.join(f'{k} ({len(v)})' for k, v in val_sets.items()) or 'none'}")
-    for notice in dataset.notices:
-        log(f"note: {notice}")
-    # The network, its average, the optimizer.
+    sets = ", ".join(f"{k} ({len(v)})" for k, v in val_sets.items())
+    log("\nnote: ".join([f"data: {found}; validation: {sets or 'none'}", *dataset.notices]))
     torch.manual_seed(cfg.seed)
     net = SwinIR(img_size=cfg.gt_size // cfg.scale, upscale=cfg.scale, **options_of(SwinIR, cfg))
     if cfg.pretrain_network and not start:
@@ -352,27 +349,36 @@ def main(cfg: Config) -> None:
 
     def validate(it: int) -> None:
         """Each rank takes every world-th image; means run over all in order, whatever the number of ranks."""
+        made = {"noise": f"sigma {np.max(cfg.sigma):g}, seed 0", "jpeg": f"quality {np.min(cfg.quality):g}"}
+        made = "pairs" if cfg.val_lq else made.get(cfg.degradation, cfg.degradation)
         colour = "Y" if cfg.test_y_channel else "RGB" if cfg.in_chans == 3 else "gray"
+        protocol = f"{colour}, border {cfg.crop_border}, {made}" + ", padded by a window" * cfg.pad_window
+        window, measures = cfg.window_size, (psnr, ssim, psnrb) if cfg.degradation == "jpeg" else (psnr, ssim)
         for dataset, images in val_sets.items():
-            scores = torch.zeros(len(images), 3, dtype=torch.float64)
+            scores = torch.zeros(len(images), 1 + len(measures), dtype=torch.float64)
             for i in range(rank, len(images), world):
                 name, lq, gt = (images[i][k] for k in ("name", "lq", "gt"))
-                peak, given = np.iinfo(gt.dtype).max, F.interpolate(lq[None], gt.shape[:2], mode="bicubic")
-                pair = [(x[0].clamp(0, 1) * peak).round() for x in (restore(ema.eval(), lq[None]), given)]
-                out, lq = (x.permute(1, 2, 0).numpy().astype(gt.dtype) for x in pair)
-                for k, (metric, img) in enumerate(((psnr, out), (ssim, out), (psnr, lq))):
-                    scores[i, k] = metric(img, gt, cfg.crop_border, cfg.test_y_channel)
+                x, (h, w), peak = lq[None], gt.shape[:2], np.iinfo(gt.dtype).max
+                if cfg.pad_window:
+                    x = torch.cat([x, x.flip(2)], 2)[:, :, : (x.shape[2] // window + 1) * window]
+                    x = torch.cat([x, x.flip(3)], 3)[..., : (x.shape[3] // window + 1) * window]
+                pair = (i.clamp(0, 1).mul(peak).round() for i in (lq, restore(ema.eval(), x)[0, :, :h, :w]))
+                lq, out = (i.permute(1, 2, 0).numpy().astype(gt.dtype) for i in pair)
+                lq = imresize(lq, cfg.scale) if cfg.scale > 1 else lq
+                how = gt, cfg.crop_border, cfg.test_y_channel
+                scores[i] = scores.new_tensor([psnr(lq, *how)] + [measure(out, *how) for measure in measures])
                 if cfg.save_img:
                     strip = (np.hstack([lq, out, gt]) // (peak // 255)).astype(np.uint8).squeeze()
                     path = folder / "visualization" / dataset / f"{name.replace('/', '_')}_{it}.png"
                     path.parent.mkdir(parents=True, exist_ok=True)
                     Image.fromarray(strip).save(path)
-            value, similar, before = reduced(scores).mean(0).tolist()  # the sum over ranks adds zeros: exact
+            before, value, similar, *unblocked = reduced(scores).mean(0).tolist()  # sums with zeros: exact
             top, when = best[dataset] = max(best.get(dataset, [value, it]), [value, it], key=lambda b: b[0])
-            text = f"validation {dataset}: {value:.2f} dB, SSIM {similar:.4f}; input {before:.2f} dB, "
-            text += f"best {top:.2f} dB at {when:,} ({colour}, border {cfg.crop_border})"
-            entry = {"psnr": value, "ssim": similar, "input_psnr": before}
-            entry |= {"best_psnr": top, "best_iter": when}
+            entry = {"psnr": value, "ssim": similar} | dict(zip(["psnrb"], unblocked, strict=False))
+            entry |= {"input_psnr": before, "best_psnr": top, "best_iter": when, "protocol": protocol}
+            text = f"validation {dataset}: {value:.2f} dB, SSIM {similar:.4f}"
+            text += "".join(f", PSNR-B {x:.2f} dB" for x in unblocked)
+            text += f"; input {before:.2f} dB, best {top:.2f} dB at {when:,} ({protocol})"
             log(text, event="val", iter=it, dataset=dataset, **entry)
             if when == it and dataset == next(iter(val_sets)):  # the first set decides
                 save_network("best", it)
@@ -402,7 +408,8 @@ def main(cfg: Config) -> None:
         return log(f"finished after {start:,} iterations: raise --total_iters to go on, or --resume=never")
     if rank == 0:
         write(folder / "config.json", json.dumps(vars(cfg), indent=1))
-    asked = {"save": False, "stop": 0}
+
+    asked = {"stop": 0}
     end = time.perf_counter() + 3600 * (math.inf if cfg.max_hours is None else cfg.max_hours)
 
     def hear(number: int, frame: Any) -> None:
@@ -421,7 +428,7 @@ def main(cfg: Config) -> None:
     bar = {"total": cfg.total_iters, "initial": start, "disable": None if rank == 0 else True, "unit": "it"}
     bar["bar_format"] = "{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
     with tqdm(**bar) as bar, Prefetcher(loader, device) as batches:
-        since, waited, seen = time.perf_counter(), 0.0, start
+        since, seen = time.perf_counter(), start
         for it in range(start + 1, cfg.total_iters + 1):
             # The step. DropPath draws from (seed, iteration, rank).
             torch.manual_seed((cfg.seed * 1_000_003 + it) * 4099 + rank)
@@ -429,7 +436,6 @@ def main(cfg: Config) -> None:
             total = 0.0
             for micro in range(accumulate):
                 lq, gt = next(batches)
-                waited += batches.wait
                 more = world > 1 and micro < accumulate - 1  # the last one sums the gradients over the ranks
                 with model.no_sync() if more else contextlib.nullcontext():
                     with autocast:
@@ -438,6 +444,8 @@ def main(cfg: Config) -> None:
                     scaler.scale(loss * (1 + 0 * loss.detach())).backward()
                 total += loss.detach()
                 bar.update(1 / accumulate)
+                if cpu and bar.n == start + 1 / accumulate and (spent := time.perf_counter() - since) > 5:
+                    log(f"note: {spent * accumulate:.0f} s an iteration; for a CPU there is configs/tiny.py")
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
             good = norm.isfinite().float()
@@ -453,26 +461,22 @@ def main(cfg: Config) -> None:
             spent, steps, last = time.perf_counter() - since, it - seen, it == cfg.total_iters
             if cpu or it == start + 1 or it % cfg.print_freq == 0:
                 bar.set_postfix_str(f"loss {total.item():.2e}, lr {lr:.1e}")
-            if cpu and it == start + 1 and (days := spent * (cfg.total_iters - start) / 86400) > 2:
-                slow = f"an iteration takes {spent:.0f} s on this CPU, all of them {days:,.0f} days"
-                log(f"note: {slow}; configs/tiny.py trains a small denoiser in minutes")
             if it % cfg.print_freq == 0 or last:
                 loss, norm, good, bad, row = reduced(sums / world, None).tolist()
                 loss, norm, speed = loss / max(good, 1), norm / max(good, 1), cfg.batch_size * steps / spent
                 gb = torch.cuda.max_memory_allocated() / 1e9 if cuda else None
                 entry = {"loss": loss, "lr": lr, "grad_norm": norm, "skipped": bad, "time": spent / steps}
-                entry |= {"data_time": waited / steps, "img_per_s": speed, "max_mem_gb": gb}
+                entry |= {"data_time": batches.wait / steps, "img_per_s": speed, "max_mem_gb": gb}
                 text = f"iter {it:,}/{cfg.total_iters:,}: loss {loss:.4e}, lr {lr:.2e}, {speed:.1f} img/s, "
-                text += f"{waited / spent:.0%} waiting for data" + f", {bad:.0f} steps skipped" * (bad > 0)
+                text += f"{batches.wait / spent:.0%} waiting for data" + f", {bad:.0f} skipped" * (bad > 0)
                 log(text, event="train", iter=it, **entry)
                 if row >= 50:
                     raise SystemExit("stopped: no finite loss in 50 steps; lower --lr, or try --grad_clip=1")
                 sums[:4] = 0
-                since, waited, seen = time.perf_counter(), 0.0, it
+                since, batches.wait, seen = time.perf_counter(), 0.0, it
             paused = time.perf_counter()
-            wish = torch.tensor([asked["save"], asked["stop"] > 0 or paused > end], dtype=torch.int32)
+            wish = torch.tensor([asked.pop("save", 0), asked["stop"] > 0 or paused > end], dtype=torch.int32)
             save_now, stop = reduced(wish, op=dist.ReduceOp.MAX).tolist()  # the ranks agree on the iteration
-            asked["save"] = False
             if val_sets and cfg.val_freq and (it % cfg.val_freq == 0 or last) and not stop:
                 validate(it)
             if save_now or stop or it % cfg.save_checkpoint_freq == 0 or last:

@@ -1,5 +1,6 @@
 """What data.py promises: exact pixels, exact streams, and one sentence for what is wrong."""
 
+import functools
 import os
 import signal
 import struct
@@ -396,12 +397,15 @@ def test_synthetic_images_are_functions_of_seed_and_number():
 
 def test_synthetic_pool_is_renewed_and_bounded(monkeypatch):
     dataset = PairedImageDataset(gt_size=16)
-    monkeypatch.setattr(data, "dead_leaves", lambda rng, size: np.zeros((size, size, 3), np.uint8))
+    drawn = functools.lru_cache(SyntheticImages.POOL + 64)(
+        lambda seed, number, size: np.zeros((size, size, 3), np.uint8)
+    )
+    monkeypatch.setattr(data, "dead_leaves", drawn)
     early, late = ({dataset.pick(n, u, 0)[1] for u in np.linspace(0, 0.999, 999)} for n in (0, 10**6))
-    assert early == set(range(9)) and len(late) == SyntheticImages.KEPT and not early & late
+    assert early == set(range(9)) and len(late) == SyntheticImages.POOL and not early & late
     for n in range(0, 20000, 7):
         dataset[n]
-    assert len(dataset.synthetic.cache) <= SyntheticImages.KEPT
+    assert drawn.cache_info().misses < 9 + 20000 // 64 + 9  # none is drawn twice
 
 
 def test_validation_without_data_is_the_same_for_every_seed():
@@ -569,7 +573,7 @@ def test_close_stops_thread_and_workers(folder):
     workers = prefetcher.batches._workers
     prefetcher.close()
     prefetcher.close()
-    assert not prefetcher.thread.is_alive() and not any(worker.is_alive() for worker in workers)
+    assert prefetcher.thread._shutdown and not any(worker.is_alive() for worker in workers)
 
 
 # ---- command line ----
