@@ -99,11 +99,13 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         B, L, C = x.shape
         N, h = self.window**2, self.heads
-        q, k, v = self.qkv(x).view(-1, N, 3, h, C // h).permute(2, 0, 3, 1, 4)  # each (B*n, h, N, d)
+        qkv = self.qkv(x).view(-1, N, 3, h, C // h).unbind(2)
+        q, k, v = (i.transpose(1, 2) for i in qkv)  # each (B*n, h, N, d)
         bias = F.embedding(self.relative_position_index, self.relative_position_bias_table)  # (N, N, h)
-        attn = (q * self.scale) @ k.transpose(-2, -1) + bias.permute(2, 0, 1)
+        attn = (q * self.scale) @ k.transpose(-2, -1)
+        attn = attn + bias.permute(2, 0, 1).to(attn.dtype)  # half precision stays so: half the traffic
         if mask is not None:
-            attn = (attn.view(B, -1, h, N, N) + mask[:, None]).view(-1, h, N, N)
+            attn = (attn.view(B, -1, h, N, N) + mask[:, None].to(attn.dtype)).view(-1, h, N, N)
         x = self.attn_drop(attn.softmax(-1)) @ v
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, L, C)))
 
@@ -113,7 +115,7 @@ class SwinBlock(nn.Module):
 
     def __init__(self, norm_layer, dim, hidden, drop, drop_path, attn, shift, mask) -> None:
         super().__init__()
-        self.shift = shift
+        self.shift, self.whole = shift, drop_path == 0
         self.register_buffer("attn_mask", mask)  # of the training size, for the official class; unused here
         self.register_buffer("keep", torch.tensor(1.0 - drop_path), persistent=False)
         self.norm1, self.attn, self.norm2 = norm_layer(dim), attn, norm_layer(dim)
@@ -122,7 +124,7 @@ class SwinBlock(nn.Module):
 
     def drop_path(self, x: Tensor) -> Tensor:
         """Stochastic depth: drops a sample's branch. As a tensor, `keep` lets compiled blocks share code."""
-        if not self.training:
+        if not self.training or self.whole:
             return x
         kept = torch.rand(len(x), 1, 1, device=x.device) < self.keep
         return x * (kept / self.keep).to(x.dtype)
