@@ -326,7 +326,7 @@ def main(cfg: Config) -> None:
     net = SwinIR(img_size=cfg.gt_size // cfg.scale, upscale=cfg.scale, **options_of(SwinIR, cfg))
     if cfg.pretrain_network and not start:
         log(load_weights(net, cfg.pretrain_network, cfg.param_key, cfg.strict_load))
-    net.to(device, memory_format=torch.channels_last if cuda else torch.preserve_format)
+    net.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(net).requires_grad_(False) if cfg.ema_decay else net
     params, averages = list(net.parameters()), list(ema.parameters())
     adam = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[cfg.optimizer]
@@ -444,7 +444,7 @@ def main(cfg: Config) -> None:
                     scaler.scale(loss * (1 + 0 * loss.detach())).backward()
                 total += loss.detach()
                 bar.update(1 / accumulate)
-                if cpu and bar.n == start + 1 / accumulate and (spent := time.perf_counter() - since) > 5:
+                if cpu and it == start + 1 and not micro and (spent := time.perf_counter() - since) > 5:
                     log(f"note: {spent * accumulate:.0f} s an iteration; for a CPU there is configs/tiny.py")
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)

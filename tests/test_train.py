@@ -14,6 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+from metrics import psnr
+from model import load
 from train import Config, load_config, lr_at
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -340,3 +342,69 @@ def test_fp16_and_bf16_and_no_average_run(tmp_path):
     ):
         code, text = train(tmp_path, *options, "--total_iters=2", "--resume=never")
         assert code == 0, text
+
+
+def test_evaluation_names_its_protocol_and_pads_like_the_paper(run, tmp_path):
+    cwd, _ = run
+    for pad in (False, True):
+        options = ["--eval_only=True", "--pretrain_network=experiments/denoise_color25/models/net_g_6.pth"]
+        options += [f"--name=eval{pad}", "--val_gt=gt", "--gt_size=16", f"--pad_window={pad}", "--amp=none"]
+        code, text = train(cwd, *options)
+        assert code == 0, text
+        entry = events(cwd, "val", f"eval{pad}")[0]
+        protocol = "RGB, border 0, sigma 25, seed 0" + ", padded by a window" * pad
+        assert entry["protocol"] == protocol and f"({protocol})" in text
+        net, scores = load(cwd / "experiments/denoise_color25/models/net_g_6.pth"), []
+        for path in sorted((cwd / "gt").iterdir()):
+            gt = np.asarray(Image.open(path))
+            noise = np.random.RandomState(0).normal(0, 25 / 255, gt.shape)[..., ::-1]
+            lq = (gt.astype(np.float32) / np.float32(255) + noise).astype(np.float32).transpose(2, 0, 1)
+            if pad:  # SwinIR's main_test_swinir.py: 40 pixels are five windows already, and a sixth is added
+                lq = np.concatenate([lq, lq[:, ::-1]], 1)[:, :48]
+                lq = np.concatenate([lq, lq[:, :, ::-1]], 2)[:, :, :48]
+            with torch.no_grad():
+                out = net(torch.from_numpy(lq.copy())[None])[0, :, :40, :40]
+            out = (out.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+            scores.append(psnr(out, gt))
+        assert entry["psnr"] == pytest.approx(np.mean(scores), abs=1e-3)
+    assert events(cwd, "val", "evalTrue")[0]["psnr"] != events(cwd, "val", "evalFalse")[0]["psnr"]
+
+
+def test_any_option_gives_a_config_or_one_sentence(capsys):
+    rng = np.random.default_rng(0)
+    names = [*vars(Config()), "lr_", "", "total_iter", "ß"]
+    words = [
+        "",
+        "0",
+        "-1",
+        "1e999",
+        "nan",
+        "[1,2]",
+        "(",
+        "{}",
+        "None",
+        "True",
+        "1,2,3",
+        "9" * 400,
+        "a\0b",
+        "'",
+    ]
+    words += [
+        "__import__('os').remove('x')",
+        "(" * 300,
+        "1e-4",
+        "6,6",
+        "é",
+        "-",
+        "=",
+        "[[[]]]",
+        "0x10",
+        "1_0",
+    ]
+    for _ in range(1000):
+        name, word = names[rng.integers(len(names))], words[rng.integers(len(words))]
+        cut = "".join(rng.permutation(list(word)).tolist()) if rng.random() < 0.3 else word
+        try:
+            assert isinstance(load_config([f"--{name}={cut}"]), Config)
+        except SystemExit as error:
+            assert isinstance(error.code, str) and error.code.count("\n") == 0 and name[:9] in error.code
