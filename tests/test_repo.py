@@ -1,6 +1,7 @@
 """The promises of the repository: size, packages, files that work alone, a README that holds."""
 
 import ast
+import json
 import re
 import shlex
 import shutil
@@ -69,8 +70,31 @@ def test_training_commands_of_the_readme_are_accepted(command, monkeypatch):
     load_config(words[words.index("train.py") + 1 :])
 
 
-def test_every_config_is_accepted():
-    from train import load_config
+PUBLISHED = json.loads((ROOT / "tests/golden/published_networks.json").read_text())
+RECIPES = {
+    ("denoise",): "denoise_color",
+    ("denoise_gray",): "denoise_gray",
+    ("jpeg",): "jpeg_gray",
+    ("jpeg", "--in_chans=3"): "jpeg_color",
+    ("real_sr",): "real_x4_M",
+    ("classical_sr", "--scale=4", "--gt_size=256"): "classical_x4_s64",
+    **{("classical_sr", f"--scale={s}"): f"classical_x{s}_s48" for s in (2, 3, 8)},
+    **{("lightweight_sr", f"--scale={s}"): f"lightweight_x{s}" for s in (2, 3, 4)},
+}
 
-    for path in sorted((ROOT / "configs").glob("*.py")):
-        load_config([str(path)])
+
+@pytest.mark.parametrize(("config", "published"), RECIPES.items())
+def test_configs_make_the_published_networks(config, published):
+    from model import SwinIR
+    from train import load_config, options_of
+
+    cfg = load_config([str(ROOT / f"configs/{config[0]}.py"), *config[1:]])
+    net = SwinIR(img_size=cfg.gt_size // cfg.scale, upscale=cfg.scale, **options_of(SwinIR, cfg))
+    wanted = PUBLISHED[published]
+    assert {k: list(v.shape) for k, v in net.state_dict().items()} == wanted["state_dict"]
+    assert net.img_range == wanted["config"]["img_range"]
+
+
+def test_every_config_is_tried():
+    files = {path.stem for path in (ROOT / "configs").glob("*.py")}
+    assert files == {config[0] for config in RECIPES} | {"tiny"}

@@ -128,6 +128,18 @@ def test_a_config_file_is_checked_like_the_command_line(tmp_path):
         load_config([str(path)])
 
 
+def test_a_config_file_may_let_options_follow_others(tmp_path):
+    cfg = load_config([str(ROOT / "configs/lightweight_sr.py"), "--scale=4"])
+    assert (cfg.name, cfg.gt_size, cfg.crop_border, cfg.lr) == ("lightweight_sr_x4", 256, 4, 2e-4)
+    assert load_config([str(ROOT / "configs/lightweight_sr.py"), "--gt_size=96"]).gt_size == 96
+    cfg = load_config([str(ROOT / "configs/jpeg.py"), "--quality=10", "--pretrain_network=f.pth"])
+    assert (cfg.name, cfg.lr, cfg.milestones) == ("jpeg_10", 1e-4, (400_000, 600_000, 700_000, 750_000))
+    path = tmp_path / "c.py"
+    path.write_text("lr = lambda cfg: 'fast'\n")
+    with pytest.raises(SystemExit, match=r"lr must be float, not 'fast'"):
+        load_config([str(path)])
+
+
 def test_help_lists_every_option():
     done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0

@@ -1,0 +1,16 @@
+# JPEG artefact removal, gray (colour: --in_chans=3), quality 40, SwinIR-M with window 7: the authors' recipe.
+#
+#   torchrun --nproc_per_node=8 train.py configs/jpeg.py --dataroot_gt=DIV2K,Flickr2K,WED --val_gt=classic5
+#
+# They trained quality 30, 20 and 10 from 40: --quality=10 --pretrain_network=FILE, which halves the
+# iterations and the lr. Published on classic5 (gray, border 0): 10 30.27, 20 32.52, 30 33.73, 40 34.52 dB.
+# Not trained here.
+name = lambda cfg: f"jpeg_{cfg.quality}".replace(".0", "")
+degradation, quality = "jpeg", 40
+in_chans, img_range = 1, 255
+gt_size, batch_size = 126, 8
+embed_dim, depths, num_heads, window_size, mlp_ratio = 180, (6,) * 6, (6,) * 6, 7, 2
+loss = "charbonnier"
+lr = lambda cfg: 1e-4 if cfg.pretrain_network else 2e-4
+total_iters = lambda cfg: 800_000 if cfg.pretrain_network else 1_600_000
+milestones, gamma = lambda cfg: tuple(cfg.total_iters * n // 16 for n in (8, 12, 14, 15)), 0.5
