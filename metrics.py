@@ -18,6 +18,7 @@
 
 import argparse
 import contextlib
+import importlib
 import json
 import math
 import os
@@ -66,7 +67,6 @@ def _decibel(error: float, peak: int) -> float:
 
 def psnr(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False) -> float:
     """Peak signal-to-noise ratio in dB; inf for equal images.
-
     pred, target: uint8, or both uint16 (peak 65535); (H, W, 3) RGB, (H, W, 1) or (H, W); numpy or torch.
     crop_border: pixels left out on each side. y: compare the luma of RGB; gray is compared as it is.
     Raises ValueError for other types and for unequal shapes.
@@ -86,7 +86,6 @@ def _blur(maps: np.ndarray) -> np.ndarray:
 
 def ssim(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False) -> float:
     """Structural similarity (Wang et al. 2004), at most 1; the constants and window of its authors.
-
     Arguments as in `psnr`. Raises ValueError also for images under 11 pixels inside the border.
     """
     pred, target, peak = _planes(pred, target, crop_border, y)
@@ -118,7 +117,6 @@ def _blockiness(image: np.ndarray) -> float:
 
 def psnrb(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False) -> float:
     """PSNR in dB that counts the blockiness of `pred`, and of it alone, as error (Yim and Bovik 2011).
-
     Arguments as in `psnr`. The 8x8 grid starts inside the border, so it meets a JPEG's grid only if that is a
     multiple of 8. Raises ValueError also where fewer than two blocks are left.
     """
@@ -230,8 +228,8 @@ def strip(lq: np.ndarray, out: np.ndarray, gt: np.ndarray, *how: Any) -> Image.I
     picture = Image.fromarray(row.squeeze())
     texts = f"input {psnr(lq, gt, *how):.2f} dB", f"output {psnr(out, gt, *how):.2f} dB", "ground truth"
     for i, text in enumerate(texts):
-        where, white = (4 + i * row.shape[1] // 3, 2), 255 if row.shape[2] == 1 else (255, 255, 255)
-        ImageDraw.Draw(picture).text(where, text, white, stroke_width=1, stroke_fill=0)
+        where = (4 + i * row.shape[1] // 3, 2)
+        ImageDraw.Draw(picture).text(where, text, "white", stroke_width=1, stroke_fill="black")
     return picture
 
 
@@ -241,8 +239,7 @@ class Log:
     `start`, which a restart will make again, are taken back. ValueError: a package is missing."""
 
     def __init__(self, folder: Path, start=0, tensorboard=False, wandb=None, config: dict | None = None):
-        self.folder, self.file, self.board, self.run = folder, folder / "log.jsonl", None, None
-        kept = []
+        self.folder, self.file, self.board, self.run, kept = folder, folder / "log.jsonl", None, None, []
         for line in self.file.read_text().splitlines(keepends=True) if self.file.exists() else ():
             with contextlib.suppress(ValueError):  # a crash can cut the last line
                 kept += [line] if json.loads(line)["iter"] <= start else []
@@ -250,19 +247,18 @@ class Log:
         os.replace(folder / "log.jsonl.partial", self.file)
         try:
             if tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.board = SummaryWriter(folder / "tensorboard", purge_step=start + 1)
+                package = importlib.import_module("torch.utils.tensorboard")
+                self.board = package.SummaryWriter(folder / "tensorboard", purge_step=start + 1)
                 self.board.add_text("config", json.dumps(config, indent=1))
             if wandb:
-                from wandb import Image as Picture, init  # noqa: I001
-
-                who = {"id": f"{folder.name}-{folder.stat().st_ino}", "name": folder.name, "resume": "allow"}
-                self.run, self.picture = init(project=wandb, dir=folder, config=config, **who), Picture
+                package = importlib.import_module("wandb")
+                run = f"{folder.name}-{folder.stat().st_ino}"  # the number tells it from archived ones
+                run = {"project": wandb, "id": run, "name": folder.name, "resume": "allow", "config": config}
+                self.run, self.picture = package.init(dir=folder, **run), package.Image
         except ImportError as error:
             raise ValueError(f"{error.name} is missing: pip install tensorboard, or wandb") from None
 
-    def __call__(self, text: str, pictures: dict | None = None, event: str = "", **values: Any) -> None:
+    def __call__(self, text: str, pictures: Any = (), event: str = "", **values: Any) -> None:
         tqdm.write(text)
         with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
             print(time.strftime("%Y-%m-%d %H:%M:%S"), text, file=file)
@@ -274,19 +270,17 @@ class Log:
         scalars = {f"{tag}/{k}": v for k, v in values.items() if type(v) is float}
         for k, v in scalars.items() if self.board else ():
             self.board.add_scalar(k, v, values["iter"])
-        for k, v in (pictures or {}).items() if self.board else ():
+        for k, v in dict(pictures).items() if self.board else ():
             self.board.add_image(k, np.atleast_3d(v), values["iter"], dataformats="HWC")
         if self.run:
-            self.run.log(scalars | {k: self.picture(v) for k, v in (pictures or {}).items()}, values["iter"])
+            self.run.log(scalars | {k: self.picture(v) for k, v in dict(pictures).items()}, values["iter"])
         if event == "val":
             self.draw()
 
     def draw(self) -> None:
         with contextlib.suppress(ImportError):
-            from matplotlib.figure import Figure
-
+            figure = importlib.import_module("matplotlib.figure").Figure((12, 3.5), layout="constrained")
             events = [json.loads(line) for line in self.file.read_text().splitlines()]
-            figure = Figure((12, 3.5), layout="constrained")
             for axis, key in zip(figure.subplots(1, 3), ("loss", "lr", "psnr"), strict=True):
                 for name in dict.fromkeys(e.get("dataset", "training") for e in events if key in e):
                     points = [(e["iter"], e[key]) for e in events if e.get("dataset", "training") == name]

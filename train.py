@@ -299,8 +299,7 @@ def main(cfg: Config) -> None:
     reduced(torch.zeros(1))  # so all wait for the folder
     state, weights = last_checkpoint(folder)
     start, best, before = (state[k] for k in ("iter", "best", "config"))
-    tools = cfg.use_tb_logger, cfg.wandb, vars(cfg)
-    log = Log(folder, start, *tools) if rank == 0 else lambda *text, **event: None
+    log = Log(folder, start, cfg.use_tb_logger, cfg.wandb, vars(cfg)) if rank == 0 else lambda *x, **y: None
     log(f"{folder}: continuing after iteration {start:,}" if start else f"{folder}: starting")
     changed = {k: (before[k], v) for k, v in vars(cfg).items() if k in before and before[k] != v}
     told = [f"{k}: {a} -> {b}" if start else f"{k}={b}" for k, (a, b) in changed.items()]

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_metrics import random_vgg
+from test_train import ENV, photos
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ("train.py", "model.py", "data.py", "metrics.py")
@@ -56,18 +58,74 @@ def test_the_readme_counts_its_lines_right():
         assert count and int(count.group(1)) == len(lines(name)), name
 
 
-def commands():
-    blocks = "".join(re.findall(r"```bash\n(.*?)```", README, re.S)).replace("\\\n", " ")
-    return [line for line in blocks.splitlines() if "train.py" in line and not line.startswith("#")]
+SMALL = "--gt_size=32 --batch_size=2 --embed_dim=12 --depths=2,2 --num_heads=2,2 --num_workers=0 --device=cpu"
+SMALL = [*SMALL.split(), "--total_iters=2", "--save_checkpoint_freq=1"]
 
 
-@pytest.mark.parametrize("command", commands())
-def test_training_commands_of_the_readme_are_accepted(command, monkeypatch):
-    from train import load_config
+def blocks(kind):
+    return re.findall(rf"```{kind}\n(.*?)```", README, re.S)
 
-    monkeypatch.chdir(ROOT)
-    words = shlex.split(command.split("#")[0].replace("&&", ";"))
-    load_config(words[words.index("train.py") + 1 :])
+
+@pytest.fixture
+def newcomer(tmp_path):
+    """A copy of the files, and the folders of images that the README speaks of."""
+    for name in (*FILES, "configs"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    for folder in ("photos", "testset", "DIV2K", "Flickr2K", "high", "originals", "low"):
+        photos(tmp_path / folder, size=10 if folder == "low" else 40)
+    shutil.copy(tmp_path / "photos/0.png", tmp_path / "photo.jpg")
+    random_vgg(tmp_path / "experiments/pretrained_models/vgg19-dcbb9e9d.pth")
+    return tmp_path
+
+
+def test_every_command_of_the_readme_runs(newcomer):
+    lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    lines = [line.split("#")[0].split("&&")[-1] for line in lines]
+    lines = [line for line in lines if line.strip() and "pytest" not in line and "tests/" not in line]
+    assert len(lines) > 12
+    for line in lines:
+        nodes = 2 if "--nnodes=2" in line else 1
+        words = shlex.split(line.replace("nproc_per_node=8", f"nproc_per_node={2 // nodes}"))
+        torchrun = [sys.executable, "-m", "torch.distributed.run"]
+        command = (torchrun if words[0] == "torchrun" else [sys.executable]) + words[1:]
+        command += SMALL if "train.py" in words else []
+        options = {"cwd": newcomer, "env": ENV, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        started = [subprocess.Popen(command, text=True, **options) for _ in range(nodes)]
+        for process in started:
+            text = process.communicate(timeout=200)[0]
+            assert process.returncode == 0, f"{line}\n{text}"
+    assert len(list((newcomer / "restored").iterdir())) == 2 and (newcomer / "sheet.png").exists()
+
+
+def test_every_extension_of_the_readme_works(newcomer):
+    used = {
+        "huber": "--loss=huber",
+        "vgg": "--loss=vgg",
+        "lost": "--degradation=lost",
+        "linear": "--scheduler=linear",
+    }
+    for diff in blocks("diff"):
+        name, *hunks = re.split(r"^# (.*)\n|^@@\n", diff, flags=re.M)[1:]
+        changed = [line for line in diff.splitlines() if line[0] in "+-"]
+        assert len(changed) <= 10
+        whole = (newcomer / name).read_text()
+        for hunk in filter(None, hunks):
+            old, new = ("".join(i[1:] for i in hunk.splitlines(True) if i[0] in f" {c}") for c in "-+")
+            assert whole.count(old) == 1, hunk
+            whole = whole.replace(old, new)
+        (newcomer / name).write_text(whole)
+    for option in ("", *used.values()):
+        command = [
+            sys.executable,
+            "train.py",
+            *SMALL,
+            "--val_freq=0",
+            "--resume=never",
+            *filter(None, [option]),
+        ]
+        done = subprocess.run(command, cwd=newcomer, env=ENV, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
 
 
 PUBLISHED = json.loads((ROOT / "tests/golden/published_networks.json").read_text())
