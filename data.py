@@ -180,7 +180,7 @@ class PackedImages:
             need(data[-8:].tobytes() == self.MAGIC, "cut off")
             index = data[-16 - int.from_bytes(data[-16:-8].tobytes(), "little") : -16].tobytes()
             self.names, self.shapes, self.depths, self.starts = json.loads(index)
-        except (OSError, ValueError, EOFError):
+        except Exception:  # NumPy takes zip files for archives of arrays
             raise ValueError(f"{root} is not a whole packed file: make it by python data.py pack") from None
 
     def __reduce__(self) -> tuple:  # a spawned worker maps the file anew, where pickle would copy it
