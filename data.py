@@ -57,7 +57,7 @@ def read_image(path: str | Path, in_chans: int | None = None, header: bool = Fal
             bits = 32 if im.mode == "F" else max(im.tag_v2.get(258, (8,))) if im.format == "TIFF" else 8
             need(bits <= (16 if wide else 8), "save it with 8 or 16 bits per channel, interleaved")
             if header:  # for PNG im.getexif() would decode the image; the size of TIFF is already turned
-                turned = im.format != "TIFF" and Image.Image.getexif(im).get(0x0112, 1) > 4
+                turned = im.format != "TIFF" and Image.Image.getexif(im).get(0x0112) in range(5, 9)
                 shape = (*im.size[:: 1 if turned else -1], 1 if im.mode[0] in "1LI" else 3)
                 return shape, 1 + wide, im.has_transparency_data
             ImageOps.exif_transpose(im, in_place=True)
