@@ -488,7 +488,7 @@ def main() -> int | None:
             write_png(out, y)
         except Exception as e:  # Pillow raises anything for a broken file
             failed = 1
-            tqdm.write(f"{path}: {e or type(e).__name__}", file=sys.stderr)
+            tqdm.write(f"{path}: {str(e) or type(e).__name__}", file=sys.stderr)
     return failed
 
 
