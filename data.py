@@ -98,7 +98,7 @@ def imresize(img: np.ndarray, scale: float) -> np.ndarray:
     width = max(step, 1.0)  # of the kernel: it widens to shrink
     for axis in (0, 1):
         rows, out = np.moveaxis(img, axis, 0), 0.0
-        centre = np.arange(math.ceil(round(len(rows) / step, 9))) * step + 0.5 * (step - 1)
+        centre = np.arange(math.ceil(round(len(rows) * scale, 9))) * step + 0.5 * (step - 1)
         taps = np.floor(centre - 2 * width)[:, None] + np.arange(math.ceil(4 * width) + 2)
         d = np.abs(centre[:, None] - taps) / width
         weights = np.where(d <= 1, (1.5 * d - 2.5) * d * d + 1, ((-0.5 * d + 2.5) * d - 4) * d + 2) * (d <= 2)
