@@ -172,7 +172,7 @@ def test_formats_that_would_lose_precision_are_refused_by_name(tmp_path):
             read_image(tmp_path / name)
 
 
-@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("turn", range(1, 10))
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
 def test_exif_orientation(tmp_path, turn, suffix):
     from PIL import ImageOps
