@@ -414,13 +414,15 @@ def SampleNumbers(batch_size: int, rank: int = 0, world: int = 1, start: int = 0
     return ([*range(k * size, (k + 1) * size)] for k in slices)
 
 
-def ignore_interrupt(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which then ends its workers
+def ignore_signals(worker: int) -> None:
+    for name in {"SIGINT", "SIGUSR1"} & set(dir(signal)):  # though sent to all, they are for the trainer
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # it ends a worker once the trainer has saved
 
 
 def train_loader(dataset, sampler, num_workers: int, pin: bool = False, **options) -> DataLoader:
     """Batches in the sampler's order, without end: workers start once. `pin` if they are for a GPU."""
-    options |= {"batch_sampler": sampler, "pin_memory": pin, "worker_init_fn": ignore_interrupt}
+    options |= {"batch_sampler": sampler, "pin_memory": pin, "worker_init_fn": ignore_signals}
     return DataLoader(dataset, num_workers=num_workers, **options)
 
 

@@ -404,7 +404,7 @@ def main(cfg: Config) -> None:
         asked["save"] = True
         if number in (signal.SIGINT, signal.SIGTERM):
             asked["stop"] = 128 + number
-            signal.signal(number, signal.SIG_DFL)  # the second time acts at once
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once; SIGTERM may come from Slurm and torchrun
             os.write(2, b"\nstopping after this iteration, to save it; Ctrl-C again stops at once\n")
 
     for name in {"SIGINT", "SIGTERM", "SIGUSR1"} & set(dir(signal)):
