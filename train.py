@@ -385,10 +385,10 @@ def main(cfg: Config) -> None:
         if rank == 0:
             content |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
             write(folder / "training_states" / f"{it}.state", content)
-            states = sorted(folder.glob("training_states/*.state"), key=lambda p: int(p.stem))
-            for old in states[: -cfg.keep_last] if cfg.keep_last else []:  # the latest is whole by now
-                old.unlink()
-                (folder / "models" / f"net_g_{old.stem}.pth").unlink(missing_ok=True)
+            saved = sorted(i for p in folder.glob("training_states/*.state") if (i := int(p.stem)) <= it)
+            for old in saved[: -cfg.keep_last] if cfg.keep_last else []:  # later ones would be damaged
+                (folder / "models" / f"net_g_{old}.pth").unlink(missing_ok=True)  # found again if killed here
+                (folder / "training_states" / f"{old}.state").unlink()
 
     if cfg.eval_only:
         return validate(start)
