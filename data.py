@@ -450,7 +450,7 @@ class Prefetcher:
         except ValueError as error:  # from a worker it is a whole traceback that ends in the sentence
             raise ValueError(str(error).strip().rpartition("\n")[2].removeprefix("ValueError: ")) from None
         except (OSError, EOFError) as error:  # while a worker sent a batch
-            raise RuntimeError(f"a worker has died: {error!r}") from None
+            raise RuntimeError(f"a DataLoader worker has died: {error!r}") from None
         self.wait += time.perf_counter() - start
         self.ready.append(self.thread.submit(self.load))
         if copied:

@@ -264,7 +264,8 @@ def write(path: Path, content: Any) -> None:
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         partial.unlink(missing_ok=True)
-        raise SystemExit(f"{path} can't be written: {error}\nMake room; the same command goes on") from None
+        told = SystemExit(f"{path} can't be written: {error}\nMake room; the same command goes on")
+        raise error if "DataLoader worker" in str(error) else told from None
 
 
 def last_checkpoint(folder: Path) -> tuple[dict, dict]:
@@ -379,8 +380,7 @@ def main(cfg: Config) -> None:
 
     def save(it: int) -> None:
         save_network(it, it)
-        table = torch.zeros(world, len(sums))
-        table[rank] = sums.cpu()
+        table = torch.eye(world)[rank, :, None] * sums.cpu()  # a row for each rank
         content = {"iter": it, "best": best, "sums": reduced(table), "config": vars(cfg)}
         if rank == 0:
             content |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
@@ -411,8 +411,7 @@ def main(cfg: Config) -> None:
         signal.signal(getattr(signal, name), hear)
     numbers = SampleNumbers(cfg.batch_size, rank, world, start, accumulate)
     loader = train_loader(dataset, numbers, min(cfg.num_workers, os.cpu_count() or 1), cuda)
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
-    autocast = torch.autocast(device.type, half, half is not None)
+    autocast = torch.autocast(device.type, torch.bfloat16 if amp == "bf16" else torch.float16, "16" in amp)
     bar = {"total": cfg.total_iters, "initial": start, "disable": None if rank == 0 else True, "unit": "it"}
     bar["bar_format"] = "{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
     with tqdm(**bar) as bar, Prefetcher(loader, device) as batches:
@@ -482,7 +481,8 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save
     try:
         main(load_config(sys.argv[1:]))
-    except ValueError as error:  # ours are sentences for the user; others keep their traceback
-        if Path(inspect.trace()[-1].filename).parent != Path(__file__).parent:
+    except (OSError, RuntimeError, ValueError) as error:  # what isn't a sentence keeps its traceback
+        own = type(error) is ValueError and Path(inspect.trace()[-1].filename).parent == Path(__file__).parent
+        if not (own or isinstance(error, OSError) or "DataLoader worker" in str(error)):
             raise
         sys.exit(f"error: {error}")
