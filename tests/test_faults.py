@@ -113,7 +113,7 @@ def test_a_full_disk_is_told_and_harms_no_checkpoint(tmp_path):
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
 def test_a_killed_worker_ends_the_run_with_a_sentence(tmp_path):
     photos(tmp_path / "gt")
-    with started(tmp_path, *ENDLESS, "--num_workers=1", "--save_checkpoint_freq=1") as (process, printed):
+    with started(tmp_path, *ENDLESS, "--num_workers=1") as (process, printed):
         until(lambda: lines(tmp_path), "no step")
         worker = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0]
         os.kill(int(worker), signal.SIGKILL)
