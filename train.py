@@ -257,9 +257,8 @@ def write(path: Path, content: Any) -> None:
     """Writes text, or an object by torch.save, so that `path` is always whole: the old content or the new."""
     partial = path.with_name(path.name + ".partial")
     try:
-        with open(partial, "wb") as file:
-            file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
-            file.flush()
+        partial.write_text(content) if isinstance(content, str) else torch.save(content, partial)
+        with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk

@@ -87,10 +87,11 @@ def test_every_command_of_the_readme_runs(newcomer):
     for line in lines:
         nodes = 2 if "--nnodes=2" in line else 1
         words = shlex.split(line.replace("nproc_per_node=8", f"nproc_per_node={2 // nodes}"))
+        assigned = dict(words.pop(0).split("=") for word in words[:1] if "=" in word)
         torchrun = [sys.executable, "-m", "torch.distributed.run"]
         command = (torchrun if words[0] == "torchrun" else [sys.executable]) + words[1:]
         command += SMALL if "train.py" in words else []
-        options = {"cwd": newcomer, "env": ENV, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        options = {"cwd": newcomer, "env": ENV | assigned, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         started = [subprocess.Popen(command, text=True, **options) for _ in range(nodes)]
         for process in started:
             text = process.communicate(timeout=200)[0]
