@@ -8,7 +8,6 @@ Images are arrays (H, W, C), RGB or gray, uint8 or uint16. Sample n is a pure fu
 """
 
 import io
-import itertools
 import json
 import math
 import os
@@ -17,7 +16,6 @@ import shutil
 import signal
 import sys
 import time
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -51,27 +49,25 @@ def read_image(path: str | Path, in_chans: int | None = None, header: bool = Fal
     With `header`: ((H, W, C), bytes per value, has alpha), and nothing is decoded."""
     try:
         with Image.open(path, formats=("BMP", "JPEG", "PNG", "TIFF", "WEBP")) as im:  # others lose 16 bits
-            layout = im.tile[0].args if im.tile else ""
+            layout, kind = im.tile[0].args if im.tile else "", im.mode.split(";")[0].removesuffix("A")
             layout = layout if isinstance(layout, str) else layout[0]  # of the raw pixels, such as RGB;16B
-            wide = im.mode[0] == "I" or ";16" in layout
+            wide = kind == "I" or ";16" in layout
             bits = 32 if im.mode == "F" else max(im.tag_v2.get(258, (8,))) if im.format == "TIFF" else 8
             need(bits <= (16 if wide else 8), "save it with 8 or 16 bits per channel, interleaved")
             if header:  # for PNG im.getexif() would decode the image; the size of TIFF is already turned
                 turned = im.format != "TIFF" and Image.Image.getexif(im).get(0x0112) in range(5, 9)
-                shape = (*im.size[:: 1 if turned else -1], 1 if im.mode[0] in "1LI" else 3)
+                shape = (*im.size[:: 1 if turned else -1], 1 if kind in ("1", "L", "I") else 3)
                 return shape, 1 + wide, im.has_transparency_data
             ImageOps.exif_transpose(im, in_place=True)
-            if im.mode[0] == "I":
+            if kind == "I":
                 img = np.asarray(im).astype(np.uint16)
             elif wide:
                 # Pillow keeps the high byte of 16-bit colour: told the other byte order, the low byte.
                 low, other = Image.open(path), layout[:-1] + ("L" if layout[-1] == "B" else "B")
                 low.tile = [t._replace(args=(other, *t.args[1:] * (t.args != layout))) for t in low.tile]
-                ImageOps.exif_transpose(low, in_place=True)
-                img = np.asarray(im).astype(np.uint16) << 8 | np.asarray(low)
+                img = np.asarray(im).astype(np.uint16) << 8 | np.asarray(ImageOps.exif_transpose(low))
             else:  # a palette may have transparency, which only RGBA can take
-                img = im.convert("RGBA") if im.mode in ("P", "PA") else im
-                img = np.asarray(img.convert("L" if im.mode in ("1", "L", "LA") else "RGB"))
+                img = np.asarray(im.convert("L" if kind in ("1", "L") else "RGBA" if kind == "P" else "RGB"))
     except Exception as error:  # Pillow raises some ten kinds for a damaged file
         raise ValueError(f"{path} can't be read ({error!r})") from None
     return to_channels(np.ascontiguousarray(np.atleast_3d(img)[..., :3]), in_chans)
@@ -103,8 +99,7 @@ def imresize(img: np.ndarray, scale: float) -> np.ndarray:
         d = np.abs(centre[:, None] - taps) / width
         weights = np.where(d <= 1, (1.5 * d - 2.5) * d * d + 1, ((-0.5 * d + 2.5) * d - 4) * d + 2) * (d <= 2)
         weights /= weights.sum(axis=1, keepdims=True)
-        taps = taps.astype(int) % (2 * len(rows))
-        taps = np.minimum(taps, 2 * len(rows) - 1 - taps)
+        taps = abs((taps + len(rows) + 0.5) % (2 * len(rows)) - len(rows)).astype(int)  # mirrored to and fro
         for tap, weight in zip(taps.T, weights.T, strict=True):  # in order, which decides how ties round
             out = out + weight[:, None, None] * rows[tap] if weight.any() else out
         out = np.clip(np.floor(out + 0.5), 0, np.iinfo(img.dtype).max) if img.dtype.kind == "u" else out
@@ -142,29 +137,27 @@ class ImageFolder:
     alone are read, or `whole` files. Decoded ones are kept while `cache_gb`, shared by workers, lasts."""
 
     def __init__(self, root: str | Path, cache_gb: float = 2.0, whole: bool = False):
-        def look(path: Path) -> tuple | str:
+        def look(path: Path) -> tuple:  # (header, None) or (None, problem)
             try:
                 header = read_image(path, header=not whole or read_image(path) is not None)
-                return path.relative_to(root).as_posix(), *header
+                return (path.relative_to(root).as_posix(), *header), None
             except ValueError as error:
-                return str(error)
+                return None, str(error)
 
         self.root, self.cache_gb, self.cache, self.cached = Path(root), cache_gb, {}, 0
         with ThreadPoolExecutor(16) as pool:  # many at a time, for to open a file is mostly to wait for it
             found = list(tqdm(pool.map(look, list_images(root)), str(root), disable=not whole))
-        self.problems = [header for header in found if isinstance(header, str)]
-        good = [header for header in found if not isinstance(header, str)]
+        good, self.problems = ([*filter(None, column)] for column in zip(*found, strict=True))
         self.names, self.shapes, self.depths, alphas = ([header[k] for header in good] for k in range(4))
         self.notices = [f"{root}: alpha is dropped from {sum(alphas)} images"] if any(alphas) else []
 
     def __getitem__(self, i: int) -> np.ndarray:
-        if i not in self.cache:
-            img = read_image(self.root / self.names[i])
-            share = self.cache_gb * 1e9 / getattr(get_worker_info(), "num_workers", 1)
-            if self.cached + img.nbytes > share:  # none is replaced: with shuffled epochs that gains nothing
-                return img
-            self.cache[i], self.cached = img, self.cached + img.nbytes
-        return self.cache[i]
+        if i in self.cache:
+            return self.cache[i]
+        img = read_image(self.root / self.names[i])
+        if self.cached + img.nbytes <= self.cache_gb * 1e9 / getattr(get_worker_info(), "num_workers", 1):
+            self.cache[i], self.cached = img, self.cached + img.nbytes  # for good: epochs are shuffled
+        return img
 
 
 class PackedImages:
@@ -195,7 +188,7 @@ def pack(source: str | Path, target: str | Path) -> None:
     folder, partial = ImageFolder(source, cache_gb=0), Path(f"{target}.partial")
     need(not folder.problems, "; ".join(folder.problems))
     sizes = [math.prod(shape) * depth for shape, depth in zip(folder.shapes, folder.depths, strict=True)]
-    *starts, pixels = itertools.accumulate(sizes, initial=0)
+    *starts, pixels = np.cumsum([0, *sizes]).tolist()
     index = json.dumps([folder.names, folder.shapes, folder.depths, starts]).encode()
     total, free = pixels + len(index) + 16, shutil.disk_usage(partial.absolute().parent).free
     print(f"{target}: {len(sizes)} images, {total / 1e9:.2f} of {free / 1e9:.2f} GB free", *folder.notices)
@@ -251,9 +244,8 @@ def dead_leaves(seed: int, number: int, size: int, count: int = 300) -> np.ndarr
         b -= (kind > 0.7) * (u[0] - 0.5) * (a * a / r - r / 3)  # some are bent
         flat = 0.3 + 0.7 * u[1] if kind < 0.7 else max(0.4 / r, -0.08 * math.log(1 - u[1]))  # a leaf, a hair
         out = (np.hypot(a, b / flat) - r) * flat  # distance from the outline in pixels, < 0 inside
-        for side in rng.uniform(0, 2 * math.pi, 3 + int(4 * u[0])).tolist() if kind < 0.35 else ():  # polygon
-            far = math.cos(side) * a + math.sin(side) * b - r * (0.3 + 0.5 * math.cos(side) ** 2)
-            np.maximum(out, far, out=out)
+        for t in rng.uniform(0, 2 * math.pi, 3 + int(4 * u[0])).tolist() if kind < 0.35 else ():  # a polygon
+            out = np.maximum(out, math.cos(t) * a + math.sin(t) * b - r * (0.3 + 0.5 * math.cos(t) ** 2))
         grain = noise[int(3 * u[2])]  # for a ragged outline and, with a slope, for the light
         out += 0.3 * r * u[3] * (u[3] < 0.5) * grain[box]
         light = 1 + (u[5] - 0.5) / size * a - 0.08 * math.log(1 - u[4]) * grain.T[box]
@@ -265,9 +257,8 @@ def dead_leaves(seed: int, number: int, size: int, count: int = 300) -> np.ndarr
 def sample_rng(seed: int, number: int, stream: int = 0, reuse=None) -> np.random.Generator:
     """A pure function of the numbers. To set the state of a generator takes a tenth of making one."""
     rng = reuse or np.random.Generator(np.random.Philox(key=0))
-    state = {"counter": [0, 0, 0, stream], "key": [seed % 2**64, number]}
-    unused = {"buffer": [0] * 4, "buffer_pos": 4, "has_uint32": 0, "uinteger": 0}
-    rng.bit_generator.state = {"bit_generator": "Philox", "state": state} | unused
+    fresh = {"bit_generator": "Philox", "buffer": [0] * 4, "buffer_pos": 4, "has_uint32": 0, "uinteger": 0}
+    rng.bit_generator.state = fresh | {"state": {"counter": [0, 0, 0, stream], "key": [seed % 2**64, number]}}
     return rng
 
 
@@ -281,21 +272,19 @@ def open_pairs(gts, lqs, scale=1, filename_tmpl="{}", meta_info_file=None, cache
     need(not meta_info_file or Path(meta_info_file).is_file(), f"meta_info_file={meta_info_file} is missing")
     lines = Path(meta_info_file).read_text("utf-8").splitlines() if meta_info_file else []
     listed = {line.rsplit(" (", 1)[0].strip() for line in lines} - {""}  # a line: name.png (h,w,c)
-    roots, n = gts + lqs, len(gts)
+    roots, n, groups = gts + lqs, len(gts), []
     sources = [PackedImages(r) if Path(r).is_file() else ImageFolder(r, cache_gb / n, whole) for r in roots]
     problems, notices = ([x for s in sources for x in getattr(s, k)] for k in ("problems", "notices"))
-    gts, lqs, groups = sources[:n], sources[n:], []
-    missing = sorted(listed.difference(*(gt.names for gt in gts)))
+    missing = sorted(listed.difference(*(gt.names for gt in sources[:n])))
     problems += [f"{meta_info_file}: {name} is missing" for name in missing]
-    for gt, lq in zip(gts, lqs or gts, strict=True):
+    for gt, lq in zip(sources[:n], sources[-n:], strict=True):  # the same if there are no lqs
         by_name = {key: j for j, name in enumerate(lq.names) for key in (os.path.splitext(name)[0], name)}
         groups.append([])
-        for i, name in enumerate(gt.names):
+        for i, (name, (h, w, _)) in enumerate(zip(gt.names, gt.shapes, strict=True)):
             if meta_info_file and name not in listed:
                 continue
-            path, (h, w, _) = Path(name), gt.shapes[i]
-            partner = path.with_name(filename_tmpl.format(path.stem)).as_posix()
-            j = by_name.get(partner + path.suffix, by_name.get(partner)) if lqs else i
+            partner = Path(name).with_name(filename_tmpl.format(Path(name).stem)).as_posix()
+            j = by_name.get(partner + Path(name).suffix, by_name.get(partner)) if lqs else i
             if j is None:
                 problems.append(f"{gt.root}/{name} has no partner {partner}.* in {lq.root}")
                 continue
@@ -330,8 +319,7 @@ class PairedImageDataset(Dataset):
         need(self.margin is not None, f"degradation={degradation}: not one of {', '.join(DEGRADATIONS)}")
         found = open_pairs(dataroot_gt, dataroot_lq, scale, filename_tmpl, meta_info_file, cache_gb)
         self.groups, sources, problems, self.notices = found
-        more = [f"{len(problems)} problems: see python data.py check"] * (len(problems) > 5)
-        need(not problems, "; ".join(problems[:5] + more))
+        need(not problems, "; ".join([*problems[:5], f"{len(problems)} in all: see python data.py check"]))
         need(all(self.groups), f"{meta_info_file} lists no image of one of the roots")
         fine = len(dataset_weights or self.groups) == len(self.groups) and min(dataset_weights or [1]) > 0
         need(fine, f"dataset_weights={dataset_weights}: give a positive one for each root")
@@ -366,8 +354,7 @@ class PairedImageDataset(Dataset):
         scale, size, margin, block = self.scale, self.gt_size // self.scale, self.margin, max(self.margin, 1)
         top, left = int(u[2] * max(h - size + 1, 1)), int(u[3] * max(w - size + 1, 1))  # LQ pixels, inclusive
         y, x = max(top // block * block - margin, 0), max(left // block * block - margin, 0)
-        bottom = min(-(-(top + size) // block) * block + margin, h)
-        right = min(-(-(left + size) // block) * block + margin, w)
+        bottom, right = (min(-(-(a + size) // block) * block + margin, n) for a, n in ((top, h), (left, w)))
         gt = to_channels(gt[i][y * scale : bottom * scale, x * scale : right * scale], self.in_chans)
         gt = gt if margin else self.pad(gt, self.gt_size)  # first, for noise should not be mirrored
         lq = lq[j][y:bottom, x:right] if lq else self.degrade(gt, rng, self)
@@ -410,7 +397,7 @@ def SampleNumbers(batch_size: int, rank: int = 0, world: int = 1, start: int = 0
     In it each of `accumulate` micro-batches, and in these each of `world` ranks, takes a contiguous slice."""
     size, rest = divmod(batch_size, world * accumulate)
     need(rest == 0, f"batch_size={batch_size} is no multiple of ranks x accumulate")
-    slices = itertools.count(start * accumulate * world + rank, world)
+    slices = range(start * accumulate * world + rank, sys.maxsize, world)
     return ([*range(k * size, (k + 1) * size)] for k in slices)
 
 
@@ -431,11 +418,10 @@ class Prefetcher:
     next() raises the dataset's ValueError, or RuntimeError for a killed worker. `wait`: seconds so far."""
 
     def __init__(self, loader: DataLoader, device: torch.device | str):
-        self.device, self.wait = torch.device(device), 0.0
+        self.device, self.thread, self.wait = torch.device(device), ThreadPoolExecutor(1), 0.0
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.batches = iter(loader)  # here, because processes are best forked by the main thread
-        self.thread = ThreadPoolExecutor(1)
-        self.ready = deque(self.thread.submit(self.load) for _ in range(2))  # two batches on the device
+        self.ready = [self.thread.submit(self.load) for _ in range(2)]  # two batches on the device
 
     def load(self) -> tuple[list[torch.Tensor], torch.cuda.Event | None]:
         with torch.cuda.stream(self.stream):  # None changes nothing
@@ -446,7 +432,7 @@ class Prefetcher:
     def __next__(self) -> list[torch.Tensor]:
         start = time.perf_counter()
         try:
-            batch, copied = self.ready.popleft().result()
+            batch, copied = self.ready.pop(0).result()
         except ValueError as error:  # from a worker it is a whole traceback that ends in the sentence
             raise ValueError(str(error).strip().rpartition("\n")[2].removeprefix("ValueError: ")) from None
         except (OSError, EOFError) as error:  # while a worker sent a batch
@@ -483,9 +469,8 @@ def main(command: str = "", *arguments: str) -> None:
             problems += found
         sys.exit("\n".join([*problems, f"{len(problems)} problems"]) if problems else print("no problems"))
     elif command == "preview" and len(paths) == 1:  # LQ, enlarged, above GT
-        known = options.keys() & PairedImageDataset.__init__.__code__.co_varnames
-        loader = train_loader(PairedImageDataset(**{k: options[k] for k in known}), SampleNumbers(8), 0)
-        lq, gt = (x.float() / 255 if x.dtype == torch.uint8 else x for x in next(iter(loader)))
+        known = {k: options[k] for k in options.keys() & PairedImageDataset.__init__.__code__.co_varnames}
+        lq, gt = next(Prefetcher(train_loader(PairedImageDataset(**known), SampleNumbers(8), 0), "cpu"))
         sheet = torch.cat([torch.nn.functional.interpolate(lq, gt.shape[2:]), gt], 2).clip(0, 1) * 255
         sheet = sheet.round().byte().permute(2, 0, 3, 1).flatten(1, 2)
         Image.fromarray(to_channels(sheet.numpy(), 3)).save(paths[0])
