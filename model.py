@@ -10,7 +10,6 @@ L = H*W tokens, h heads, d = C/h, n = L/N windows of w x w = N tokens.
 
 import argparse
 import re
-import struct
 import sys
 import warnings
 import zlib
@@ -35,13 +34,12 @@ def geometry(H: int, W: int, w: int, shift: int, device: Any = "cpu") -> dict:
     `shift`, by windows of the image rolled so far. "mask", if shifted: (n, N, N), 0, or -100 (published so,
     not -inf) between tokens that only the roll made neighbours. "size": (H, W)."""
     with torch.inference_mode(False):  # cached, so it must also be fit for training
-        raster, order = torch.arange(H * W, device=device), {}
+        order = {"raster": torch.arange(H * W, device=device)}
         for s in (0, shift):
-            windows = raster.view(H, W).roll((-s, -s), (0, 1)).view(H // w, w, W // w, w)
+            windows = order["raster"].view(H, W).roll((-s, -s), (0, 1)).view(H // w, w, W // w, w)
             order[s] = windows.transpose(1, 2).reshape(-1)
-        order["raster"], pairs = raster, (("raster", 0), (0, shift), (shift, "raster"))
         place = {a: index.argsort() for a, index in order.items()}
-        g: dict = {(a, b): (place[a][order[b]], place[b][order[a]]) for p in pairs for a, b in (p, p[::-1])}
+        g: dict = {(a, b): (place[a][order[b]], place[b][order[a]]) for a in order for b in order if a != b}
         g["size"] = (H, W)
         if shift:
             y, x = torch.arange(H, device=device)[:, None], torch.arange(W, device=device)
@@ -76,6 +74,8 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
 
 # ---- the network ----
 conv3 = partial(nn.Conv2d, kernel_size=3, padding=1)
+normal_ = partial(nn.init.trunc_normal_, std=0.02)
+HEADS = ("", "pixelshuffledirect", "pixelshuffle", "nearest+conv")  # what `upsampler` may be
 BUFFERS = ("attn_mask", "relative_position_index")
 PREFIX = re.compile(r"^((module|_orig_mod)\.)+")  # of DataParallel and torch.compile
 shared: dict = {}  # buffers by content, so that a file holds one copy for all blocks
@@ -87,8 +87,7 @@ class WindowAttention(nn.Module):
     def __init__(self, dim, window, heads, qkv_bias, qk_scale, attn_drop, drop) -> None:
         super().__init__()
         self.heads, self.window, self.scale = heads, window, qk_scale or (dim // heads) ** -0.5
-        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
-        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+        self.relative_position_bias_table = nn.Parameter(normal_(torch.empty((2 * window - 1) ** 2, heads)))
         y, x = torch.arange(window).repeat_interleave(window), torch.arange(window).repeat(window)
         row = (y[:, None] - y + window - 1) * (2 * window - 1) + (x[:, None] - x + window - 1)
         self.register_buffer("relative_position_index", row)  # (N, N), of the bias table
@@ -99,8 +98,7 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         B, L, C = x.shape
         N, h = self.window**2, self.heads
-        qkv = self.qkv(x).view(-1, N, 3, h, C // h).unbind(2)
-        q, k, v = (i.transpose(1, 2) for i in qkv)  # each (B*n, h, N, d)
+        q, k, v = (i.transpose(1, 2) for i in self.qkv(x).view(-1, N, 3, h, C // h).unbind(2))  # B*n, h, N, d
         bias = F.embedding(self.relative_position_index, self.relative_position_bias_table)  # (N, N, h)
         attn = (q * self.scale) @ k.transpose(-2, -1)
         attn = attn + bias.permute(2, 0, 1).to(attn.dtype)  # half precision stays so: half the traffic
@@ -177,22 +175,18 @@ def keep_buffers(net: nn.Module, state_dict: dict, prefix: str, *_: Any) -> None
 
 
 class SwinIR(nn.Module):
-    """The authors' network, with their argument names and defaults.
-
+    """The authors' network, with their argument names and defaults. `resi_connection`: '1conv', '3conv'.
     `upsampler`: '' (denoising, JPEG), 'pixelshuffle' (classical SR, upscale 3 or a power of 2 up to 16),
     'pixelshuffledirect' (lightweight SR), 'nearest+conv' (real-world SR, upscale 2 or 4).
-    `resi_connection`: '1conv', '3conv'. `img_size`, the training size (int or (H, W)), fixes only the mask in
-    the state dict, the size of the absolute position embedding (`ape`), and that windows not smaller than it
-    are not shifted.
-    forward: (B, in_chans, H, W) in [0, 1], any H and W from 1 on, to (B, in_chans, H*upscale, W*upscale).
-    """
+    `img_size`, the training size (int or (H, W)), fixes only the mask in the state dict, the size of the
+    absolute position embedding (`ape`), and that windows not smaller than it are not shifted.
+    forward: (B, in_chans, H, W) in [0, 1], any H and W from 1 on, to (B, in_chans, H*upscale, W*upscale)."""
 
     def __init__(
         self, img_size=64, patch_size=1, in_chans=3, embed_dim=96, depths=(6, 6, 6, 6),
-        num_heads=(6, 6, 6, 6), window_size=7, mlp_ratio=4.0, qkv_bias=True, qk_scale=None,
-        drop_rate=0.0, attn_drop_rate=0.0, drop_path_rate=0.1, norm_layer=nn.LayerNorm, ape=False,
-        patch_norm=True, use_checkpoint=False, upscale=2, img_range=1.0, upsampler="",
-        resi_connection="1conv",
+        num_heads=(6, 6, 6, 6), window_size=7, mlp_ratio=4.0, qkv_bias=True, qk_scale=None, drop_rate=0.0,
+        attn_drop_rate=0.0, drop_path_rate=0.1, norm_layer=nn.LayerNorm, ape=False, patch_norm=True,
+        use_checkpoint=False, upscale=2, img_range=1.0, upsampler="", resi_connection="1conv",
     ) -> None:  # fmt: skip
         arguments = {k: v for k, v in locals().items() if k not in ("self", "norm_layer", "__class__")}
         self.arguments = {k: list(v) if isinstance(v, tuple) else v for k, v in arguments.items()}
@@ -200,23 +194,19 @@ class SwinIR(nn.Module):
         if len(depths) != len(num_heads) or any(embed_dim % h for h in num_heads):
             raise ValueError(f"num_heads {num_heads}: one for each of depths {depths}, dividing {embed_dim=}")
         self.upscale, self.img_range, self.upsampler = upscale, img_range, upsampler or ""
-        free, some = ("", "pixelshuffledirect"), {"pixelshuffle": (1, 2, 3, 4, 8, 16), "nearest+conv": (2, 4)}
-        known = self.upsampler in free or upscale in some.get(self.upsampler, ())
-        if not known or resi_connection not in ("1conv", "3conv"):
+        known = {"pixelshuffle": (1, 2, 3, 4, 8, 16), "nearest+conv": (2, 4)}.get(self.upsampler, [upscale])
+        if self.upsampler not in HEADS or upscale not in known or resi_connection not in ("1conv", "3conv"):
             raise ValueError(f"unknown {upsampler=} with {upscale=}, or {resi_connection=}: see SwinIR")
         mean = (0.4488, 0.4371, 0.4040) if in_chans == 3 else (0.0,)  # DIV2K's mean colour
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
-        H, W = (n // patch_size for n in np.broadcast_to(img_size, 2).tolist())
+        H, W = self.ape_size = [n // patch_size for n in np.broadcast_to(img_size, 2).tolist()]
         self.window_size, self.window = window_size, min(window_size, H, W)
         self.shift = self.window // 2 if min(H, W) > window_size else 0
         if self.shift and (H % window_size or W % window_size):
             raise ValueError(f"img_size {img_size} must be a multiple of window_size {window_size}")
         self.register_load_state_dict_pre_hook(keep_buffers)
         self.conv_first = conv3(in_chans, embed_dim)
-        self.ape_size = (H, W) if ape else None
-        if ape:
-            self.absolute_pos_embed = nn.Parameter(torch.zeros(1, H * W, embed_dim))
-            nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
+        self.absolute_pos_embed = nn.Parameter(normal_(torch.empty(1, H * W, embed_dim))) if ape else None
         self.patch_embed = nn.Sequential(OrderedDict({"norm": norm_layer(embed_dim)} if patch_norm else {}))
         self.pos_drop = nn.Dropout(drop_rate)
         rates = iter([drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))])
@@ -229,22 +219,21 @@ class SwinIR(nn.Module):
             self.layers.append(RSTB(blocks, body_conv(embed_dim, resi_connection), use_checkpoint))
         for name, p in self.layers.named_parameters():
             if re.search(r"(qkv|proj|fc\d)\.(weight|bias)$", name):
-                nn.init.trunc_normal_(p, std=0.02) if p.ndim > 1 else nn.init.zeros_(p)
+                normal_(p) if p.ndim > 1 else nn.init.zeros_(p)
         self.norm = norm_layer(embed_dim)
         self.conv_after_body = body_conv(embed_dim, resi_connection)
         # reconstruction: what a head doesn't need is empty
-        wide, c = self.upsampler in ("pixelshuffle", "nearest+conv"), in_chans
-        dim, before = (64, [conv3(embed_dim, 64), nn.LeakyReLU(inplace=True)]) if wide else (embed_dim, [])
-        steps = [upscale] if self.upsampler == "pixelshuffledirect" else []
-        if self.upsampler == "pixelshuffle":
-            steps, c = [3] if upscale == 3 else [2] * (upscale.bit_length() - 1), 64
+        wide, direct = upsampler in ("pixelshuffle", "nearest+conv"), upsampler == "pixelshuffledirect"
+        dim, c = (64, 64) if wide else (embed_dim, in_chans)
+        before = [conv3(embed_dim, dim), nn.LeakyReLU(inplace=True)] if wide else []
+        factors = [3] if upscale == 3 else [2] * (upscale.bit_length() - 1)
+        steps = [upscale] if direct else factors if upsampler == "pixelshuffle" else []
         shuffles = [m for s in steps for m in (conv3(dim, c * s * s), nn.PixelShuffle(s))]
         self.conv_before_upsample, self.upsample = nn.Sequential(*before), nn.Sequential(*shuffles)
         self.ups = ("conv_up1", "conv_up2")[: upscale // 2] if self.upsampler == "nearest+conv" else ()
         for name in (*self.ups, "conv_hr") if self.ups else ():
             self.add_module(name, conv3(64, 64))
-        if self.upsampler != "pixelshuffledirect":
-            self.conv_last = conv3(dim, in_chans)
+        self.conv_last = nn.Identity() if direct else conv3(dim, in_chans)
         if not self.upsampler:  # training begins at the identity: tenths of a dB in short runs
             nn.init.zeros_(self.conv_last.weight), nn.init.zeros_(self.conv_last.bias)
 
@@ -254,26 +243,22 @@ class SwinIR(nn.Module):
         first = self.conv_first(x)
         g = geometry(*first.shape[2:], self.window, self.shift, x.device)
         y = self.patch_embed(first.permute(0, 2, 3, 1).flatten(1, 2))  # (B, L, C)
-        if self.ape_size:
+        if self.absolute_pos_embed is not None:
             ape = self.absolute_pos_embed.unflatten(1, self.ape_size).permute(0, 3, 1, 2)
             y = y + F.interpolate(ape, g["size"], mode="bicubic").permute(0, 2, 3, 1).flatten(1, 2)
         y = self.pos_drop(y)
         for layer in self.layers:
             y = layer(y, g)
         y = self.norm(y).unflatten(1, g["size"]).permute(0, 3, 1, 2)
-        y = self.conv_after_body(y) + first
-        y = self.upsample(self.conv_before_upsample(y))
+        y = self.upsample(self.conv_before_upsample(self.conv_after_body(y) + first))
         for name in self.ups:
             y = F.leaky_relu(getattr(self, name)(F.interpolate(y, scale_factor=2)), 0.2)
-        y = F.leaky_relu(self.conv_hr(y), 0.2) if self.ups else y
-        y = y if self.upsampler == "pixelshuffledirect" else self.conv_last(y)
+        y = self.conv_last(F.leaky_relu(self.conv_hr(y), 0.2) if self.ups else y)
         y = (y if self.upsampler else x + y) / self.img_range + mean
         return y[:, :, : H * self.upscale, : W * self.upscale]
 
 
 # ---- using it ----
-
-
 def portable(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """A copy to save: contiguous CPU tensors under plain keys, the buffers in int8 and int16, and shared.
     Strict loading works in the official class, BasicSR's and spandrel's: they copy into their own buffers."""
@@ -313,12 +298,11 @@ def load(path: str | Path, param_key: str = "params_ema", device: Any = "cpu") -
         shuffled = 64 if "conv_last.weight" in weights else chans
         shuffles = [isqrt(len(v) // shuffled) for k, v in weights.items() if re.match(r"upsample.*weight", k)]
         ups, ape = len({"conv_up1.weight", "conv_up2.weight"} & set(weights)), "absolute_pos_embed" in weights
-        heads = ("", "pixelshuffledirect", "pixelshuffle", "nearest+conv")
         certain = {
             "in_chans": chans, "embed_dim": dim, "depths": list(layers.values()), "ape": ape,
             "num_heads": [t[1] for t in tables], "qkv_bias": block.format(0, 0) + "attn.qkv.bias" in weights,
             "patch_norm": "patch_embed.norm.weight" in weights, "upscale": 2**ups * prod(shuffles),
-            "upsampler": heads[3 if ups else bool(shuffles) + ("conv_before_upsample.0.weight" in weights)],
+            "upsampler": HEADS[3 if ups else bool(shuffles) + ("conv_before_upsample.0.weight" in weights)],
             "resi_connection": "1conv" if "conv_after_body.weight" in weights else "3conv",
         }  # fmt: skip
         n = len(weights.get(block.format(0, 1) + "attn_mask", range((64 // window) ** 2)))
@@ -350,11 +334,10 @@ def tiled(f: Any, x: Tensor, dim: int, size: int, lap: int, s: int) -> Tensor:
     """f(x), s times as large, in pieces along `dim`; each fades in, steeply but never from 0, over `lap`."""
     t = (torch.arange(lap * s, device=x.device, dtype=x.dtype) + 0.5) / (lap * s)
     fade = (t**8 / (t**8 + (1 - t) ** 8)).view(-1, *[1] * (3 - dim))
+    out = x.new_empty(*x.shape[:2], x.shape[2] * s, x.shape[3] * s)
     for start in range(0, max(x.shape[dim] - lap, 1), size - lap):
         part = f(x.narrow(dim, start, min(size, x.shape[dim] - start)))
-        if start == 0:
-            out = part.new_empty(*part.shape[:dim], x.shape[dim] * s, *part.shape[dim + 1 :])
-        else:
+        if start > 0:
             head = part.narrow(dim, 0, lap * s)
             head.copy_(out.narrow(dim, start * s, lap * s).lerp(head, fade))
         out.narrow(dim, start * s, part.shape[dim]).copy_(part)
@@ -412,10 +395,10 @@ def write_png(path: Path, pixels: np.ndarray) -> None:
     H, W, C = pixels.shape
     rows = np.ascontiguousarray(pixels, pixels.dtype.newbyteorder(">")).view(np.uint8).reshape(H, -1)
     up = np.diff(rows, axis=0, prepend=np.zeros_like(rows[:1]))  # PNG's filter 2: minus the row above
-    header = struct.pack(">2I5B", W, H, 8 * pixels.itemsize, (0, 4, 2, 6)[C - 1], 0, 0, 0)
+    header = np.array([W, H], ">u4").tobytes() + bytes([8 * pixels.itemsize, (0, 4, 2, 6)[C - 1], 0, 0, 0])
     data = b"\x89PNG\r\n\x1a\n"
     for name, body in (b"IHDR", header), (b"IDAT", zlib.compress(np.insert(up, 0, 2, 1), 4)), (b"IEND", b""):
-        data += struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        data += len(body).to_bytes(4, "big") + name + body + zlib.crc32(name + body).to_bytes(4, "big")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_bytes(data)
@@ -477,10 +460,10 @@ def main() -> int | None:
         same = Counter(str(p.with_suffix("")).lower() for p in names)  # of these, outputs keep the suffix
         tails = [p.suffix * (same[str(p.with_suffix("")).lower()] > 1) + ".png" for p in names]
         jobs = [(source / p, target / p.with_suffix(tail)) for p, tail in zip(names, tails, strict=True)]
-    around = {p for _, out in jobs for p in (out.resolve(), *out.resolve().parents)}
-    if not jobs or source.resolve() in around:
-        why = f"the output must not lie in {source}, nor be it" if jobs else "holds no images"
-        raise ValueError(f"{target if jobs else source}: {why}")
+    if not jobs:
+        raise ValueError(f"{source}: holds no images")
+    if any(out.resolve().is_relative_to(source.resolve()) for _, out in jobs):
+        raise ValueError(f"{target}: the output must not lie in {source}, nor be it")
     for path, out in tqdm(jobs, unit="image"):
         try:
             with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.bf16):
