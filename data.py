@@ -19,6 +19,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -469,7 +470,9 @@ def main(command: str = "", *arguments: str) -> None:
             problems += found
         sys.exit("\n".join([*problems, f"{len(problems)} problems"]) if problems else print("no problems"))
     elif command == "preview" and len(paths) == 1:  # LQ, enlarged, above GT
-        known = {k: options[k] for k in options.keys() & PairedImageDataset.__init__.__code__.co_varnames}
+        cfg, code = SimpleNamespace(**options), PairedImageDataset.__init__.__code__
+        names = code.co_varnames[: code.co_argcount]
+        known = {k: v(cfg) if callable(v) else v for k, v in options.items() if k in names}
         lq, gt = next(Prefetcher(train_loader(PairedImageDataset(**known), SampleNumbers(8), 0), "cpu"))
         sheet = torch.cat([torch.nn.functional.interpolate(lq, gt.shape[2:]), gt], 2).clip(0, 1) * 255
         sheet = sheet.round().byte().permute(2, 0, 3, 1).flatten(1, 2)

@@ -34,8 +34,6 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-# ---- measures ----
-
 Picture = np.ndarray | torch.Tensor  # uint8 or uint16; (H, W, 3) RGB, or (H, W, 1) or (H, W) gray
 
 
@@ -125,9 +123,6 @@ def psnrb(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False)
     return sum(_decibel(error, peak) for error in errors) / len(errors)
 
 
-# ---- losses: function(pred, target) -> scalar; another one is another line in LOSSES ----
-
-
 def _difference(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """pred - target, at least in float32: half precision would lose small errors and the eps."""
     if pred.shape != target.shape:  # would broadcast in silence
@@ -140,7 +135,7 @@ def charbonnier(pred: torch.Tensor, target: torch.Tensor, eps: float = 1e-9) -> 
     return (_difference(pred, target).square() + eps).sqrt().mean()
 
 
-LOSSES = {
+LOSSES = {  # function(pred, target) -> scalar
     "l1": lambda pred, target: _difference(pred, target).abs().mean(),
     "mse": lambda pred, target: _difference(pred, target).square().mean(),
     "charbonnier": charbonnier,
@@ -218,9 +213,6 @@ class PerceptualLoss(nn.Module):
         return perceptual, style
 
 
-# ---- the log of a training ----
-
-
 def strip(lq: np.ndarray, out: np.ndarray, gt: np.ndarray, *how: Any) -> Image.Image:
     """Input, output, ground truth side by side, with the PSNR: of each (H, W, C) the middle 320 pixels."""
     inside = tuple(slice(max(n - 320, 0) // 2, (n + min(n, 320)) // 2) for n in gt.shape[:2])
@@ -290,9 +282,6 @@ class Log:
             figure.savefig(self.folder / "curves.png")
 
 
-# ---- command line ----
-
-
 def read_image(path: str | Path) -> np.ndarray:
     """(H, W) gray or (H, W, 3) RGB; uint8, or uint16 from 16-bit gray; upright, no alpha. ValueError."""
     try:
@@ -326,15 +315,15 @@ def main() -> None:
     parser.add_argument("--y", action="store_true", help="compare the luma of RGB images, as papers on SR do")
     parser.add_argument("--filename_tmpl", default="{}", help="restored image's name, {} being the true one")
     args = parser.parse_args()
-    restored, truth, troubles = args.restored, args.ground_truth, []
+    restored, truth = args.restored, args.ground_truth
     if restored.is_dir() != truth.is_dir():
         sys.exit(f"{restored} and {truth}: give two images or two folders that exist")
-    pairs = [(restored.stem, restored, truth)]
+    files, wanted = {restored.stem: restored}, {restored.stem: truth}
     if restored.is_dir():
         files, wanted = _images(restored), _images(truth, args.filename_tmpl)
-        pairs = [(name, files[name], wanted[name]) for name in wanted if name in files]
-        troubles += [f"{path}: no {name} in {restored}" for name, path in wanted.items() if name not in files]
-        troubles += [f"{path}: no partner in {truth}" for name, path in files.items() if name not in wanted]
+    pairs = [(name, files[name], wanted[name]) for name in wanted if name in files]
+    troubles = [f"{path}: no {name} in {restored}" for name, path in wanted.items() if name not in files]
+    troubles += [f"{path}: no partner in {truth}" for name, path in files.items() if name not in wanted]
 
     rows, colours, width = [], set(), max(len(name) for name, *_ in [*pairs, ["mean of 1000"]])
     line = f"{{:{width}}}  PSNR {{:8.4f}} dB  SSIM {{:.6f}}  PSNR-B {{:8.4f}} dB"

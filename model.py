@@ -72,7 +72,6 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     return x
 
 
-# ---- the network ----
 conv3 = partial(nn.Conv2d, kernel_size=3, padding=1)
 normal_ = partial(nn.init.trunc_normal_, std=0.02)
 HEADS = ("", "pixelshuffledirect", "pixelshuffle", "nearest+conv")  # what `upsampler` may be
@@ -258,7 +257,6 @@ class SwinIR(nn.Module):
         return y[:, :, : H * self.upscale, : W * self.upscale]
 
 
-# ---- using it ----
 def portable(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """A copy to save: contiguous CPU tensors under plain keys, the buffers in int8 and int16, and shared.
     Strict loading works in the official class, BasicSR's and spandrel's: they copy into their own buffers."""

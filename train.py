@@ -105,9 +105,6 @@ class Config:
     keep_last: int = 3  # checkpoints kept besides the best weights; 0: all
 
 
-# ---- options: defaults, then config files, then --key=value ----
-
-
 def coerce(value: Any, name: str, source: str) -> Any:
     """`value` as Config declares it, or SystemExit. From the command line it comes as text."""
     hint = get_type_hints(Config)[name]

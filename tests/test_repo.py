@@ -91,7 +91,12 @@ def test_every_command_of_the_readme_runs(newcomer):
         torchrun = [sys.executable, "-m", "torch.distributed.run"]
         command = (torchrun if words[0] == "torchrun" else [sys.executable]) + words[1:]
         command += SMALL if "train.py" in words else []
-        options = {"cwd": newcomer, "env": ENV | assigned, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        options = {
+            "cwd": newcomer,
+            "env": ENV | assigned,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.STDOUT,
+        }
         started = [subprocess.Popen(command, text=True, **options) for _ in range(nodes)]
         for process in started:
             text = process.communicate(timeout=200)[0]
