@@ -26,13 +26,13 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 
 
-def make_images(root: Path, size: tuple[int, int], count: int) -> None:
+def make_images(root: Path, size: tuple[int, int], count: int, scale: int = 2) -> None:
     """PNGs that compress like photos: dead leaves with a little noise, and their LR by imresize."""
     for k in range(count):
         rng = np.random.default_rng(k)
         gt = data.dead_leaves(0, k, max(size))[: size[0], : size[1]]
         gt = (gt + rng.normal(0, 2, gt.shape)).clip(0, 255).astype(np.uint8)
-        for name, img in (("gt", gt), ("lq", data.imresize(gt, 0.5))):
+        for name, img in (("gt", gt), ("lq", data.imresize(gt, 1 / scale))):
             (root / name).mkdir(parents=True, exist_ok=True)
             Image.fromarray(img).save(root / name / f"{k:04d}.png")
     for name in ("gt", "lq"):
