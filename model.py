@@ -100,7 +100,7 @@ class WindowAttention(nn.Module):
         q, k, v = (i.transpose(1, 2) for i in self.qkv(x).view(-1, N, 3, h, C // h).unbind(2))  # B*n, h, N, d
         bias = F.embedding(self.relative_position_index, self.relative_position_bias_table)  # (N, N, h)
         attn = (q * self.scale) @ k.transpose(-2, -1)
-        attn = attn + bias.permute(2, 0, 1).to(attn.dtype)  # half precision stays so: half the traffic
+        attn = attn + bias.permute(2, 0, 1).contiguous().to(attn.dtype)  # strided it would be slow to add
         if mask is not None:
             attn = (attn.view(B, -1, h, N, N) + mask[:, None].to(attn.dtype)).view(-1, h, N, N)
         x = self.attn_drop(attn.softmax(-1)) @ v

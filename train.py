@@ -208,7 +208,7 @@ def hardware(cfg: Config, world: int) -> tuple[torch.device, str, int]:
     if kind == "cpu" and sys.platform == "linux":  # freed memory is kept: new pages can cost half of a step
         for option, value in ((-4, 0), (-1, 2**31 - 1)):  # glibc's M_MMAP_MAX, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(option, value)
-    kept = 4 * 28 * cfg.embed_dim * sum(cfg.depths) * (cfg.gt_size / cfg.scale) ** 2  # bytes a sample, about
+    kept = 4 * 15 * cfg.embed_dim * sum(cfg.depths) * (cfg.gt_size / cfg.scale) ** 2  # bytes a sample, about
     heavy = kind == "cpu" and cfg.batch_size // world * kept > 4e9
     accumulate = cfg.accumulate or (cfg.batch_size // world if heavy else 1)
     cfg.use_checkpoint |= heavy and kept > 4e9
