@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -15,6 +14,8 @@ import torch
 from test_train import ENV, ROOT, SMALL, events, photos, train
 from torch.utils._pytree import tree_flatten
 
+resource = pytest.importorskip("resource")  # signals, limits and /proc are of Linux
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 FOLDER = Path("experiments/denoise_color25")
 ENDLESS = ["--dataroot_gt=gt", "--total_iters=100000", "--save_checkpoint_freq=100000"]
 
@@ -113,7 +114,7 @@ def test_a_full_disk_is_told_and_harms_no_checkpoint(tmp_path):
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
 def test_a_killed_worker_ends_the_run_with_a_sentence(tmp_path):
     photos(tmp_path / "gt")
-    with started(tmp_path, *ENDLESS, "--num_workers=1") as (process, printed):
+    with started(tmp_path, *ENDLESS, "--num_workers=1", "--save_checkpoint_freq=1") as (process, printed):
         until(lambda: lines(tmp_path), "no step")
         worker = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0]
         os.kill(int(worker), signal.SIGKILL)
