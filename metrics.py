@@ -25,7 +25,6 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -213,7 +212,7 @@ class PerceptualLoss(nn.Module):
         return perceptual, style
 
 
-def strip(lq: np.ndarray, out: np.ndarray, gt: np.ndarray, *how: Any) -> Image.Image:
+def strip(lq: np.ndarray, out: np.ndarray, gt: np.ndarray, *how: int) -> Image.Image:
     """Input, output, ground truth side by side, with the PSNR: of each (H, W, C) the middle 320 pixels."""
     inside = tuple(slice(max(n - 320, 0) // 2, (n + min(n, 320)) // 2) for n in gt.shape[:2])
     row = np.hstack([(i[inside] // (np.iinfo(gt.dtype).max // 255)).astype(np.uint8) for i in (lq, out, gt)])
@@ -226,9 +225,8 @@ def strip(lq: np.ndarray, out: np.ndarray, gt: np.ndarray, *how: Any) -> Image.I
 
 
 class Log:
-    """Lines for people (terminal, log.txt); events for programs (log.jsonl; curves.png where matplotlib is
-    installed) and, if asked for, for TensorBoard and a Weights & Biases project. Events after iteration
-    `start`, which a restart will make again, are taken back. ValueError: a package is missing."""
+    """Lines for people (terminal, log.txt), events for programs: log.jsonl, curves.png (given matplotlib),
+    TensorBoard, Weights & Biases. A restart takes back those after `start`. ValueError: missing package."""
 
     def __init__(self, folder: Path, start=0, tensorboard=False, wandb=None, config: dict | None = None):
         self.folder, self.file, self.board, self.run, kept = folder, folder / "log.jsonl", None, None, []
@@ -250,7 +248,7 @@ class Log:
         except ImportError as error:
             raise ValueError(f"{error.name} is missing: pip install tensorboard, or wandb") from None
 
-    def __call__(self, text: str, pictures: Any = (), event: str = "", **values: Any) -> None:
+    def __call__(self, text: str, pictures: dict | tuple = (), event: str = "", **values: object) -> None:
         tqdm.write(text)
         with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
             print(time.strftime("%Y-%m-%d %H:%M:%S"), text, file=file)

@@ -1,10 +1,8 @@
-"""Train SwinIR. One file, one loop; every option is a line of Config.
+"""Train SwinIR: one file, one loop. Results go to experiments/<name>/; the same command goes on from there.
 
-    python train.py configs/tiny.py                           # a denoiser in minutes on a laptop, no data
-    python train.py configs/denoise.py --dataroot_gt=DIV2K_HR --val_gt=CBSD68 --lr=1e-4
-    torchrun --nproc_per_node=8 train.py configs/denoise.py   # batch_size is global: the recipe is the same
-
-Results go to experiments/<name>/. The same command again continues where it stopped.
+python train.py configs/tiny.py                           # a denoiser in minutes on a laptop, no data
+python train.py configs/denoise.py --dataroot_gt=DIV2K_HR --val_gt=CBSD68 --lr=1e-4
+torchrun --nproc_per_node=8 train.py configs/denoise.py   # batch_size is global: the recipe is the same
 """
 
 import ast
@@ -292,6 +290,11 @@ def main(cfg: Config) -> None:
             dist.all_reduce(x, op, group)
         return x
 
+    def leave(code: int | None) -> None:
+        if world > 1:
+            dist.destroy_process_group()
+        sys.exit(code)
+
     folder, _lock = open_folder(cfg) if rank == 0 else (Path("experiments") / cfg.name, None)
     reduced(torch.zeros(1))  # so all wait for the folder
     state, weights = last_checkpoint(folder)
@@ -328,7 +331,8 @@ def main(cfg: Config) -> None:
         for layer in net.layers:  # in place: no prefix in the state dict; alike: one compilation serves all
             layer.compile()
     ddp = torch.nn.parallel.DistributedDataParallel
-    model = ddp(net, [device.index] if cuda else None, broadcast_buffers=False) if world > 1 else net
+    sync = {"forward_sync_buffers", "broadcast_buffers"} & {*inspect.signature(ddp).parameters}
+    model = ddp(net, [device.index] if cuda else None, **{max(sync): False}) if world > 1 else net
     work = f"{device}, {amp}, {world} rank(s) x {accumulate} micro-batch(es)"
     log(f"network: {sum(p.numel() for p in params):,} parameters; torch {torch.__version__}, {work}")
 
@@ -387,9 +391,9 @@ def main(cfg: Config) -> None:
                 (folder / "training_states" / f"{old}.state").unlink()
 
     if cfg.eval_only:
-        return validate(start)
+        return leave(validate(start))
     if start >= cfg.total_iters:
-        return log(f"finished after {start:,} iterations: raise --total_iters to go on, or --resume=never")
+        return leave(log(f"finished after {start:,} iterations: raise --total_iters, or --resume=never"))
     if rank == 0:
         write(folder / "config.json", json.dumps(vars(cfg), indent=1))
 
@@ -468,9 +472,7 @@ def main(cfg: Config) -> None:
             if stop:
                 log(f"stopped after iteration {it:,}, which is saved: the same command continues")
                 break
-    if world > 1:
-        dist.destroy_process_group()
-    sys.exit(asked["stop"])
+    leave(asked["stop"])
 
 
 if __name__ == "__main__":
