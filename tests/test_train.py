@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -255,6 +256,29 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     assert code == 0
     assert "net_g_4.pth is damaged" in text
     assert "continuing after iteration 2" in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_files_from_a_gpu_continue_on_a_cpu(tmp_path):
+    """Files of a CPU whose storages are said to be on cuda:0, which is all that differs in a GPU's."""
+    photos(tmp_path / "gt")
+    options = ["--dataroot_gt=gt", "--total_iters=4", "--save_checkpoint_freq=2"]
+    assert train(tmp_path, *options)[0] == 0
+    straight = network(tmp_path, 4)["params"]
+    folder = tmp_path / "experiments/denoise_color25"
+    (folder / "training_states/4.state").unlink()
+    for path in (folder / "training_states/2.state", folder / "models/net_g_2.pth"):
+        with zipfile.ZipFile(path) as file:
+            parts = {name: file.read(name) for name in file.namelist()}
+        with zipfile.ZipFile(path, "w") as file:
+            for name, part in parts.items():
+                file.writestr(name, part.replace(b"X\3\0\0\0cpu", b"X\6\0\0\0cuda:0"))
+        with pytest.raises(RuntimeError, match="CUDA"):
+            torch.load(path, weights_only=True)
+    code, text = train(tmp_path, *options)
+    assert (code, "continuing after iteration 2" in text) == (0, True), text
+    again = network(tmp_path, 4)["params"]
+    assert all(torch.equal(straight[k], again[k]) for k in straight)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
