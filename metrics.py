@@ -212,15 +212,14 @@ class PerceptualLoss(nn.Module):
         return perceptual, style
 
 
-def strip(lq: np.ndarray, out: np.ndarray, gt: np.ndarray, *how: int) -> Image.Image:
-    """Input, output, ground truth side by side, with the PSNR: of each (H, W, C) the middle 320 pixels."""
+def strip(lq: np.ndarray, out: np.ndarray, gt: np.ndarray, before: float, after: float) -> Image.Image:
+    """Input, output, ground truth, each (H, W, C), side by side: their middle 320 pixels, and the PSNR."""
     inside = tuple(slice(max(n - 320, 0) // 2, (n + min(n, 320)) // 2) for n in gt.shape[:2])
     row = np.hstack([(i[inside] // (np.iinfo(gt.dtype).max // 255)).astype(np.uint8) for i in (lq, out, gt)])
     picture = Image.fromarray(row.squeeze())
-    texts = f"input {psnr(lq, gt, *how):.2f} dB", f"output {psnr(out, gt, *how):.2f} dB", "ground truth"
-    for i, text in enumerate(texts):
-        where = (4 + i * row.shape[1] // 3, 2)
-        ImageDraw.Draw(picture).text(where, text, "white", stroke_width=1, stroke_fill="black")
+    draw = ImageDraw.Draw(picture)
+    for i, text in enumerate((f"input {before:.2f} dB", f"output {after:.2f} dB", "ground truth")):
+        draw.text((4 + i * row.shape[1] // 3, 2), text, "white", stroke_width=1, stroke_fill="black")
     return picture
 
 

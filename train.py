@@ -359,7 +359,7 @@ def main(cfg: Config) -> None:
                 if cfg.save_img:
                     path = folder / "visualization" / dataset / f"{name.replace('/', '_')}_{it}.png"
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    pictures[f"{dataset}/{name}"] = picture = strip(lq, out, gt, *how[1:])
+                    pictures[f"{dataset}/{name}"] = picture = strip(lq, out, gt, *scores[i, :2].tolist())
                     picture.save(path)
             before, value, similar, *unblocked = reduced(scores).mean(0).tolist()  # sums with zeros: exact
             top, when = best[dataset] = max(best.get(dataset, [value, it]), [value, it], key=lambda b: b[0])

@@ -514,12 +514,12 @@ def test_read_image(tmp_path: Path) -> None:
 
 def test_the_strip_shows_the_middle_of_three_images() -> None:
     gt, lq = noise(340, 30, 3), noise(340, 30, 3, seed=1)
-    picture = np.asarray(metrics.strip(lq, gt, gt, 0, False))
+    picture = np.asarray(metrics.strip(lq, gt, gt, 20.0, math.inf))
     assert picture.shape == (320, 90, 3)
     text = 20  # rows that the captions cover
     for i, image in enumerate((lq, gt, gt)):
         assert np.array_equal(picture[text:, 30 * i : 30 * (i + 1)], image[10 + text : 330])
-    gray = metrics.strip(*(noise(16, 16, 1, dtype=np.uint16) for _ in range(3)), 0, False)
+    gray = metrics.strip(*(noise(16, 16, 1, dtype=np.uint16) for _ in range(3)), 20.0, 30.0)
     assert (gray.size, gray.mode) == ((48, 16), "L")
 
 
