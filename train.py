@@ -1,8 +1,9 @@
-"""Train SwinIR: one file, one loop. Results go to experiments/<name>/; the same command goes on from there.
+"""Train SwinIR: one file, one loop. Results go to experiments/<name>/.
 
-python train.py configs/tiny.py                           # a denoiser in minutes on a laptop, no data
-python train.py configs/denoise.py --dataroot_gt=DIV2K_HR --val_gt=CBSD68 --lr=1e-4
-torchrun --nproc_per_node=8 train.py configs/denoise.py   # batch_size is global: the recipe is the same
+    python train.py configs/tiny.py                           # a denoiser in minutes on a laptop, no data
+    python train.py configs/denoise.py --dataroot_gt=DIV2K_HR --val_gt=CBSD68 --lr=1e-4
+    torchrun --nproc_per_node=8 train.py configs/denoise.py   # batch_size is global: the recipe is the same
+The same command again continues where it stopped.
 """
 
 import ast
