@@ -21,7 +21,6 @@ import contextlib
 import importlib
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -63,35 +62,28 @@ def _decibel(error: float, peak: int) -> float:
 
 
 def psnr(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False) -> float:
-    """Peak signal-to-noise ratio in dB; inf for equal images.
+    """Peak signal-to-noise ratio in dB; inf for equal images. ValueError for other types, unequal shapes.
     pred, target: uint8, or both uint16 (peak 65535); (H, W, 3) RGB, (H, W, 1) or (H, W); numpy or torch.
-    crop_border: pixels left out on each side. y: compare the luma of RGB; gray is compared as it is.
-    Raises ValueError for other types and for unequal shapes.
-    """
+    crop_border: pixels left out on each side. y: compare the luma of RGB; gray is compared as it is."""
     pred, target, peak = _planes(pred, target, crop_border, y)
     return _decibel(np.mean((pred - target) ** 2), peak)
 
 
-def _blur(maps: np.ndarray) -> np.ndarray:
-    """(N, H, W) -> (N, H - 10, W - 10): the 11x11 Gaussian window of sigma 1.5, only where it fits."""
-    kernel = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
-    kernel /= kernel.sum()
-    for _ in range(2):  # along W, then along H; the values that mix two lines are among those cut off
-        maps = np.convolve(maps.ravel(), kernel, "same").reshape(maps.shape)[..., 5:-5].swapaxes(1, 2)
-    return maps
-
-
 def ssim(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False) -> float:
     """Structural similarity (Wang et al. 2004), at most 1; the constants and window of its authors.
-    Arguments as in `psnr`. Raises ValueError also for images under 11 pixels inside the border.
-    """
+    Arguments as in `psnr`. Raises ValueError also for images under 11 pixels inside the border."""
     pred, target, peak = _planes(pred, target, crop_border, y)
     if min(pred.shape[1:]) < 11:
         raise ValueError(f"SSIM needs 11x11 pixels inside the border, not {pred.shape[2]}x{pred.shape[1]}")
+    window = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))  # 11x11, Gaussian, sigma 1.5: along W, then H
+    window /= window.sum()
     c1, c2 = (0.01 * peak) ** 2, (0.03 * peak) ** 2
     values = []
     for a, b in zip(pred, target, strict=True):  # one channel at a time, for the sake of memory
-        mean_a, mean_b, squares, product = _blur(np.stack([a, b, a * a + b * b, a * b]))
+        maps = np.stack([a, b, a * a + b * b, a * b])  # (4, H, W) -> (4, H - 10, W - 10): where it fits
+        for _ in range(2):  # the values that mix two lines are among those cut off
+            maps = np.convolve(maps.ravel(), window, "same").reshape(maps.shape)[..., 5:-5].swapaxes(1, 2)
+        mean_a, mean_b, squares, product = maps
         mean_product, mean_squares = mean_a * mean_b, mean_a**2 + mean_b**2
         covariance, variances = product - mean_product, squares - mean_squares
         similarity = (2 * mean_product + c1) * (2 * covariance + c2)
@@ -99,26 +91,22 @@ def ssim(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False) 
     return float(np.mean(values))
 
 
-def _blockiness(image: np.ndarray) -> float:
-    """(H, W) -> how much larger squared steps are across borders of 8x8 blocks than elsewhere, at least 0."""
-    height, width = image.shape
+def psnrb(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False) -> float:
+    """PSNR in dB that counts the blockiness of `pred`, and of it alone, as error (Yim and Bovik 2011).
+    Arguments as in `psnr`. The 8x8 grid starts inside the border, so it meets a JPEG's grid only if that is a
+    multiple of 8. Raises ValueError also where fewer than two blocks are left."""
+    pred, target, peak = _planes(pred, target, crop_border, y)
+    height, width = pred.shape[1:]
     borders = height * (width // 8 - 1) + width * (height // 8 - 1)  # as SwinIR counts
     others = height * (width - 1) + width * (height - 1) - borders
     if borders <= 0:
         raise ValueError(f"PSNR-B needs two 8x8 blocks inside the border, not {width}x{height} pixels")
-    steps = [np.sum(np.diff(image, axis=axis) ** 2, axis=1 - axis) for axis in (0, 1)]
-    across = sum(i[7::8].sum() for i in steps)
-    excess = across / borders - (sum(i.sum() for i in steps) - across) / others
-    return max(excess, 0.0) * math.log2(8) / math.log2(min(height, width))
-
-
-def psnrb(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False) -> float:
-    """PSNR in dB that counts the blockiness of `pred`, and of it alone, as error (Yim and Bovik 2011).
-    Arguments as in `psnr`. The 8x8 grid starts inside the border, so it meets a JPEG's grid only if that is a
-    multiple of 8. Raises ValueError also where fewer than two blocks are left.
-    """
-    pred, target, peak = _planes(pred, target, crop_border, y)
-    errors = [np.mean((a - b) ** 2) + _blockiness(a) for a, b in zip(pred, target, strict=True)]
+    # Blockiness: how much larger squared steps are across borders of 8x8 blocks than elsewhere, at least 0.
+    steps = [np.sum(np.diff(pred, axis=axis) ** 2, axis=3 - axis) for axis in (1, 2)]  # each (C, positions)
+    across = sum(i[:, 7::8].sum(1) for i in steps)
+    excess = across / borders - (sum(i.sum(1) for i in steps) - across) / others
+    blockiness = np.maximum(excess, 0) * math.log2(8) / math.log2(min(height, width))
+    errors = np.mean((pred - target) ** 2, axis=(1, 2)) + blockiness
     return sum(_decibel(error, peak) for error in errors) / len(errors)
 
 
@@ -151,17 +139,14 @@ CRITERIA = {"l1": F.l1_loss, "l2": F.mse_loss, "fro": lambda a, b: torch.linalg.
 
 class PerceptualLoss(nn.Module):
     """Distance of VGG19 features, and of their Gram matrices (style), with BasicSR's arguments and results.
-
     layer_weights: layer -> weight, e.g. {"conv5_4": 1.0} (before its ReLU), relu2_1, pool3. criterion: l1, l2
     or fro (norm of the difference). use_input_norm: standardise by ImageNet's mean and deviation. range_norm:
     images are in [-1, 1], not [0, 1]. vgg_path: torchvision's vgg19-dcbb9e9d.pth; None takes VGG19_FILE if it
-    is there, else torch.hub's copy or download. Raises ValueError for what cannot be had.
-    """
+    is there, else torch.hub's copy or download. Raises ValueError for what cannot be had."""
 
     def __init__(
-        self, layer_weights: dict[str, float], use_input_norm: bool = True, range_norm: bool = False,
-        perceptual_weight: float = 1.0, style_weight: float = 0.0, criterion: str = "l1",
-        vgg_path: str | Path | None = None,
+        self, layer_weights: dict[str, float], use_input_norm=True, range_norm=False, perceptual_weight=1.0,
+        style_weight=0.0, criterion="l1", vgg_path: str | Path | None = None,
     ):  # fmt: skip
         super().__init__()
         if not layer_weights or set(layer_weights) - set(VGG19) or criterion not in CRITERIA:
@@ -199,9 +184,7 @@ class PerceptualLoss(nn.Module):
 
     def forward(self, pred: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Two (B, 3 or 1, H, W) -> perceptual and style loss, times their weights; 0 for a weight of 0."""
-        features = self._features(pred)
-        with torch.no_grad():
-            wanted = self._features(target)
+        features, wanted = self._features(pred), self._features(target.detach())
         perceptual = style = pred.new_zeros((), dtype=torch.float32)
         with torch.autocast(pred.device.type, enabled=False):  # sums over whole images: not in half precision
             for weight, a, b in zip(self.layer_weights.values(), features, wanted, strict=True):
@@ -233,7 +216,7 @@ class Log:
             with contextlib.suppress(ValueError):  # a crash can cut the last line
                 kept += [line] if json.loads(line)["iter"] <= start else []
         (folder / "log.jsonl.partial").write_text("".join(kept))
-        os.replace(folder / "log.jsonl.partial", self.file)
+        (folder / "log.jsonl.partial").replace(self.file)
         try:
             if tensorboard:
                 package = importlib.import_module("torch.utils.tensorboard")
@@ -312,16 +295,14 @@ def main() -> None:
     parser.add_argument("--y", action="store_true", help="compare the luma of RGB images, as papers on SR do")
     parser.add_argument("--filename_tmpl", default="{}", help="restored image's name, {} being the true one")
     args = parser.parse_args()
-    restored, truth = args.restored, args.ground_truth
-    if restored.is_dir() != truth.is_dir():
-        sys.exit(f"{restored} and {truth}: give two images or two folders that exist")
-    files, wanted = {restored.stem: restored}, {restored.stem: truth}
-    if restored.is_dir():
-        files, wanted = _images(restored), _images(truth, args.filename_tmpl)
+    if args.restored.is_dir() != args.ground_truth.is_dir():
+        sys.exit(f"{args.restored} and {args.ground_truth}: give two images or two folders that exist")
+    files, wanted = {args.restored.stem: args.restored}, {args.restored.stem: args.ground_truth}
+    if args.restored.is_dir():
+        files, wanted = _images(args.restored), _images(args.ground_truth, args.filename_tmpl)
     pairs = [(name, files[name], wanted[name]) for name in wanted if name in files]
-    troubles = [f"{path}: no {name} in {restored}" for name, path in wanted.items() if name not in files]
-    troubles += [f"{path}: no partner in {truth}" for name, path in files.items() if name not in wanted]
-
+    troubles = [f"{wanted[name]}: no {name} in {args.restored}" for name in wanted if name not in files]
+    troubles += [f"{files[name]}: no partner in {args.ground_truth}" for name in files if name not in wanted]
     rows, colours, width = [], set(), max(len(name) for name, *_ in [*pairs, ["mean of 1000"]])
     line = f"{{:{width}}}  PSNR {{:8.4f}} dB  SSIM {{:.6f}}  PSNR-B {{:8.4f}} dB"
     for name, *paths in pairs:
