@@ -15,13 +15,13 @@ import inspect
 import json
 import math
 import os
-import runpy
 import signal
 import sys
 import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from runpy import run_path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -116,8 +116,7 @@ def coerce(value: Any, name: str, source: str) -> Any:
         with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             value = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
     value = tuple(value) if isinstance(value, list) else str(value) if isinstance(value, Path) else value
-    if type(value) is int and int not in kinds and float in kinds and abs(value) < 2**63:
-        value = float(value)
+    value = float(value) if type(value) is int and float in kinds and abs(value) < 2**63 else value
     if type(value) not in kinds or (choices and value not in choices):
         wanted = " or ".join(map(repr, choices)) or inspect.formatannotation(hint)
         raise SystemExit(f"{source}: {name} must be {wanted}, not {value!r:.60} ({type(value).__name__})")
@@ -134,8 +133,7 @@ def load_config(argv: list[str]) -> Config:
         pairs = {key.replace("-", "_"): text}
         if not arg.startswith("-"):
             try:
-                pairs = runpy.run_path(arg).items()
-                pairs = {k: v for k, v in pairs if k[0] != "_" and not inspect.ismodule(v)}
+                pairs = {k: v for k, v in run_path(arg).items() if k[0] != "_" and not inspect.ismodule(v)}
             except BaseException as error:
                 raise SystemExit(f"{arg} is no config file: {type(error).__name__}: {error}") from None
         elif not equals:
@@ -349,9 +347,8 @@ def main(cfg: Config) -> None:
             for i in range(rank, len(images), world):
                 name, lq, gt = (images[i][k] for k in ("name", "lq", "gt"))
                 x, (h, w), peak = lq[None], gt.shape[:2], np.iinfo(gt.dtype).max
-                if cfg.pad_window:
-                    x = torch.cat([x, x.flip(2)], 2)[:, :, : (x.shape[2] // window + 1) * window]
-                    x = torch.cat([x, x.flip(3)], 3)[..., : (x.shape[3] // window + 1) * window]
+                for dim in (2, 3) if cfg.pad_window else ():
+                    x = torch.cat([x, x.flip(dim)], dim).split((x.shape[dim] // window + 1) * window, dim)[0]
                 pair = (i.clamp(0, 1).mul(peak).round() for i in (lq, restore(ema.eval(), x)[0, :, :h, :w]))
                 lq, out = (i.permute(1, 2, 0).numpy().astype(gt.dtype) for i in pair)
                 lq = imresize(lq, cfg.scale) if cfg.scale > 1 else lq
@@ -397,7 +394,6 @@ def main(cfg: Config) -> None:
         return leave(log(f"finished after {start:,} iterations: raise --total_iters, or --resume=never"))
     if rank == 0:
         write(folder / "config.json", json.dumps(vars(cfg), indent=1))
-
     asked = {"stop": 0}
     end = time.perf_counter() + 3600 * (math.inf if cfg.max_hours is None else cfg.max_hours)
 
@@ -424,12 +420,11 @@ def main(cfg: Config) -> None:
             total = 0.0
             for micro in range(accumulate):
                 lq, gt = next(batches)
-                more = world > 1 and micro < accumulate - 1  # the last one sums the gradients over the ranks
-                with model.no_sync() if more else contextlib.nullcontext():
-                    with autocast:
-                        loss = LOSSES[cfg.loss](model(lq), gt) / accumulate
-                    # A loss that isn't finite spoils the gradients, and by their sum those of all ranks.
-                    scaler.scale(loss * (1 + 0 * loss.detach())).backward()
+                model.require_backward_grad_sync = micro == accumulate - 1  # DDP's: the last sums over ranks
+                with autocast:
+                    loss = LOSSES[cfg.loss](model(lq), gt) / accumulate
+                # A loss that isn't finite spoils the gradients, and by their sum those of all ranks.
+                scaler.scale(loss * (1 + 0 * loss.detach())).backward()
                 total += loss.detach()
                 bar.update(1 / accumulate)
                 if cpu and it == start + 1 and not micro and (spent := time.perf_counter() - since) > 5:
