@@ -45,9 +45,9 @@ def list_images(root: str | Path) -> list[Path]:
     return sorted(paths)
 
 
-def read_image(path: str | Path, in_chans: int | None = None, header: bool = False):
-    """(H, W, in_chans) uint8, or uint16 from 16-bit files; alpha dropped, orientation applied.
-    With `header`: ((H, W, C), bytes per value, has alpha), and nothing is decoded."""
+def read_image(path: str | Path, in_chans: int | None = None, header: bool = False, rows: int | None = None):
+    """(H, W, in_chans) uint8, or uint16 from 16-bit files; alpha dropped, orientation applied. Of a PNG only
+    the first `rows` are decoded. With `header`: ((H, W, C), bytes per value, has alpha), and nothing is."""
     try:
         with Image.open(path, formats=("BMP", "JPEG", "PNG", "TIFF", "WEBP")) as im:  # others lose 16 bits
             layout, kind = im.tile[0].args if im.tile else "", im.mode.split(";")[0].removesuffix("A")
@@ -59,6 +59,10 @@ def read_image(path: str | Path, in_chans: int | None = None, header: bool = Fal
                 turned = im.format != "TIFF" and Image.Image.getexif(im).get(0x0112) in range(5, 9)
                 shape = (*im.size[:: 1 if turned else -1], 1 if kind in ("1", "L", "I") else 3)
                 return shape, 1 + wide, im.has_transparency_data
+            if rows and im.format == "PNG" and not im.info.get("interlace"):
+                im.tile = [im.tile[0]._replace(extents=(0, 0, im.width, min(rows, im.height)))]
+                if im.getexif():  # it may be turned
+                    return read_image(path, in_chans)
             ImageOps.exif_transpose(im, in_place=True)
             if kind == "I":
                 img = np.asarray(im).astype(np.uint16)
@@ -152,13 +156,16 @@ class ImageFolder:
         self.names, self.shapes, self.depths, alphas = ([header[k] for header in good] for k in range(4))
         self.notices = [f"{root}: alpha is dropped from {sum(alphas)} images"] if any(alphas) else []
 
-    def __getitem__(self, i: int) -> np.ndarray:
+    def __getitem__(self, i: int, rows: int | None = None) -> np.ndarray:
+        """Image i; of one that can't be kept, what is below `rows` may be black."""
         if i in self.cache:
             return self.cache[i]
-        img = read_image(self.root / self.names[i])
-        if self.cached + img.nbytes <= self.cache_gb * 1e9 / getattr(get_worker_info(), "num_workers", 1):
-            self.cache[i], self.cached = img, self.cached + img.nbytes  # for good: epochs are shuffled
-        return img
+        size = math.prod(self.shapes[i]) * self.depths[i]
+        if self.cached + size > self.cache_gb * 1e9 / getattr(get_worker_info(), "num_workers", 1):
+            return read_image(self.root / self.names[i], rows=rows)
+        self.cached += size
+        self.cache[i] = read_image(self.root / self.names[i])  # for good, because epochs are shuffled
+        return self.cache[i]
 
 
 class PackedImages:
@@ -356,9 +363,14 @@ class PairedImageDataset(Dataset):
         top, left = int(u[2] * max(h - size + 1, 1)), int(u[3] * max(w - size + 1, 1))  # LQ pixels, inclusive
         y, x = max(top // block * block - margin, 0), max(left // block * block - margin, 0)
         bottom, right = (min(-(-(a + size) // block) * block + margin, n) for a, n in ((top, h), (left, w)))
-        gt = to_channels(gt[i][y * scale : bottom * scale, x * scale : right * scale], self.in_chans)
+
+        def crop(images, i: int, s: int) -> np.ndarray:
+            image = images.__getitem__(i, bottom * s) if isinstance(images, ImageFolder) else images[i]
+            return image[y * s : bottom * s, x * s : right * s]
+
+        gt = to_channels(crop(gt, i, scale), self.in_chans)
         gt = gt if margin else self.pad(gt, self.gt_size)  # first, for noise should not be mirrored
-        lq = lq[j][y:bottom, x:right] if lq else self.degrade(gt, rng, self)
+        lq = crop(lq, j, 1) if lq else self.degrade(gt, rng, self)
         lq = self.pad(to_channels(lq[top - y :, left - x :][:size, :size], self.in_chans), size)
         gt = gt[(top - y) * scale :, (left - x) * scale :][: self.gt_size, : self.gt_size]
         return self.augment(lq, *u[4:]), self.augment(self.pad(gt, self.gt_size), *u[4:])

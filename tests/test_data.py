@@ -37,6 +37,9 @@ SHARED = ROOT.parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not (SHARED / "Set5").is_dir(), reason=f"{SHARED} holds no Set5")
 
 
+ADAM7 = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
+
+
 def photo(h, w, c=3, seed=0, dtype=np.uint8):
     """Smooth values with some noise, so that JPEG and bicubic have something to do."""
     rng = np.random.default_rng(seed)
@@ -170,6 +173,47 @@ def test_formats_that_would_lose_precision_are_refused_by_name(tmp_path):
     for name in ("la.png", "float.tif", "int.tif"):
         with pytest.raises(ValueError, match=name):
             read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["RGB", "RGBA", "P", "L", "1", "16", "16 gray", "interlaced", "late exif"])
+def test_the_first_rows_are_those_of_the_whole(tmp_path, kind):
+    """No more are decoded, but where Pillow needs the whole image."""
+    c, deep = {"RGBA": 4, "16 gray": 1}.get(kind, 3), kind.startswith("16")
+    path = tmp_path / "x.png"
+    save_png16(path, photo(64, 48, c, dtype=np.uint16)) if deep else save(path, photo(64, 48, c))
+    if kind in ("P", "L", "1"):
+        Image.open(path).convert(kind).save(path)
+    content = path.read_bytes()
+    if kind == "interlaced":  # Adam7: seven images of every 8th, ..., every 2nd row
+        img, passes = photo(64, 48), b""
+        for y, x, down, right in ADAM7:
+            part = img[y::down, x::right]
+            passes += np.insert(part.reshape(len(part), -1), 0, 0, 1).tobytes()
+        header = chunk(b"IHDR", struct.pack(">2I5B", 48, 64, 8, 2, 0, 0, 1))
+        path.write_bytes(content[:8] + header + chunk(b"IDAT", zlib.compress(passes)) + chunk(b"IEND", b""))
+        assert np.array_equal(read_image(path), img)
+    elif kind == "late exif":
+        exif = Image.Exif()
+        exif[0x0112] = 3
+        path.write_bytes(content[:-12] + chunk(b"eXIf", exif.tobytes()[6:]) + content[-12:])
+        assert np.array_equal(read_image(path), photo(64, 48)[::-1, ::-1])
+    whole = read_image(path)
+    for rows in (1, 20, 64, 99):
+        part = read_image(path, rows=rows)
+        assert part.shape == whole.shape and np.array_equal(part[:rows], whole[:rows])
+        cut = rows < 64 and kind not in ("interlaced", "late exif")
+        assert np.array_equal(part, whole) != cut
+    path.write_bytes(path.read_bytes()[:-30])  # the last rows are lost, or what is after them
+    with pytest.raises(ValueError, match=r"x.png can't be read"):
+        read_image(path, rows=64)
+
+
+def test_samples_are_the_same_with_and_without_the_cache(tmp_path):
+    for i in range(3):
+        save(tmp_path / f"{i}.png", photo(60, 50, seed=i))
+    options = {"gt_size": 16, "degradation": "bicubic", "scale": 2}
+    cached, not_cached = (PairedImageDataset(tmp_path, cache_gb=gb, **options) for gb in (1, 0))
+    assert all(same(cached[n], not_cached[n]) for n in range(40))
 
 
 @pytest.mark.parametrize("turn", range(1, 10))
