@@ -254,9 +254,9 @@ class Log:
             figure = importlib.import_module("matplotlib.figure").Figure((12, 3.5), layout="constrained")
             events = [json.loads(line) for line in self.file.read_text().splitlines()]
             for axis, key in zip(figure.subplots(1, 3), ("loss", "lr", "psnr"), strict=True):
-                for name in dict.fromkeys(e.get("dataset", "training") for e in events if key in e):
-                    points = [(e["iter"], e[key]) for e in events if e.get("dataset", "training") == name]
-                    axis.plot(*zip(*points, strict=True), ".-", label=name)
+                points = [(e.get("dataset", "training"), e["iter"], e[key]) for e in events if key in e]
+                for name in dict.fromkeys(name for name, *_ in points):
+                    axis.plot(*zip(*(xy for n, *xy in points if n == name), strict=True), ".-", label=name)
                     axis.legend()
                 axis.set(xlabel="iteration", title=key)
             figure.savefig(self.folder / "curves.png")

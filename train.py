@@ -223,6 +223,7 @@ def open_data(cfg: Config) -> tuple[PairedImageDataset, dict[str, ValidationImag
     shared["sigma"], shared["quality"] = np.max(cfg.sigma), np.min(cfg.quality)
     for i, root in enumerate(gt if cfg.val_gt or not cfg.dataroot_lq else ()):
         name = Path(root).resolve().stem if root else "synthetic"
+        name += f"_{i + 1}" * (name in val_sets)  # folders of the same name
         val_sets[name] = ValidationImages(root, lq[i] if cfg.val_lq else None, **shared)
     return PairedImageDataset(**options_of(PairedImageDataset, cfg)), val_sets
 
@@ -267,7 +268,8 @@ def last_checkpoint(folder: Path) -> tuple[dict, dict]:
         try:
             files = []
             for path in (state, folder / "models" / f"net_g_{state.stem}.pth"):
-                assert zipfile.ZipFile(path).testzip() is None  # torch.load doesn't compare checksums
+                if zipfile.ZipFile(path).testzip():  # torch.load doesn't compare checksums
+                    raise ValueError
                 files.append(torch.load(path, map_location="cpu", weights_only=True))
             return tuple(files)
         except Exception:
@@ -345,7 +347,7 @@ def main(cfg: Config) -> None:
         for dataset, images in val_sets.items():
             pictures, scores = {}, torch.zeros(len(images), 1 + len(measures), dtype=torch.float64)
             for i in range(rank, len(images), world):
-                name, lq, gt = (images[i][k] for k in ("name", "lq", "gt"))
+                name, lq, gt = images[i].values()
                 x, (h, w), peak = lq[None], gt.shape[:2], np.iinfo(gt.dtype).max
                 for dim in (2, 3) if cfg.pad_window else ():
                     x = torch.cat([x, x.flip(dim)], dim).split((x.shape[dim] // window + 1) * window, dim)[0]
@@ -413,6 +415,7 @@ def main(cfg: Config) -> None:
     bar["bar_format"] = "{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
     with tqdm(**bar) as bar, Prefetcher(loader, device) as batches:
         since, seen = time.perf_counter(), start
+        hint = " (try more --num_workers, or a file made by data.py pack)"
         for it in range(start + 1, cfg.total_iters + 1):
             # The step. DropPath draws from (seed, iteration, rank).
             torch.manual_seed((cfg.seed * 1_000_003 + it) * 4099 + rank)
@@ -452,6 +455,8 @@ def main(cfg: Config) -> None:
                 entry |= {"data_time": batches.wait / steps, "img_per_s": speed, "max_mem_gb": gb}
                 text = f"iter {it:,}/{cfg.total_iters:,}: loss {loss:.4e}, lr {lr:.2e}, {speed:.1f} img/s, "
                 text += f"{batches.wait / spent:.0%} waiting for data" + f", {bad:.0f} skipped" * (bad > 0)
+                if batches.wait > spent / 4:
+                    text, hint = text + hint, ""  # once
                 log(text, event="train", iter=it, **entry)
                 if row >= 50:
                     raise SystemExit("stopped: no finite loss in 50 steps; lower --lr, or try --grad_clip=1")

@@ -581,7 +581,8 @@ def test_curves_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     log = metrics.Log(tmp_path)
     log("line", event="train", iter=1, loss=0.1, lr=1e-3)
-    log("line", event="val", iter=1, dataset="a", psnr=20.0)
+    for name in ("a", "training"):
+        log("line", event="val", iter=1, dataset=name, psnr=20.0)
     assert Image.open(tmp_path / "curves.png").width > 500
 
 

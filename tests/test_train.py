@@ -370,6 +370,27 @@ def test_mistakes_with_data_are_named(tmp_path):
     assert "nothing.pth" in wrong(tmp_path, "--pretrain_network=nothing.pth")
 
 
+def test_waiting_for_data_is_hinted_at_once(tmp_path):
+    """By a degradation that sleeps longer than a step takes."""
+    code = "import time, data, train; noise = data.add_noise\n"
+    code += "data.DEGRADATIONS['noise'] = (lambda *a: time.sleep(0.1) or noise(*a), 0)\n"
+    options = [*SMALL.split(), f"--dataroot_gt={photos(tmp_path / 'gt')}"]
+    code += f"train.main(train.load_config({options}))"
+    env = ENV | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if "waiting for data" in line]
+    assert len(lines) == 3 and ["num_workers" in line for line in lines] == [True, False, False], done.stdout
+
+
+def test_validation_folders_of_the_same_name_are_told_apart(tmp_path):
+    photos(tmp_path / "a/HR", 1)
+    photos(tmp_path / "b/HR", 2, seed=1)
+    code, text = train(tmp_path, "--val_gt=a/HR,b/HR", "--dataroot_gt=a/HR", "--val_freq=6")
+    assert code == 0 and "validation: HR (1), HR_2 (2)" in text, text
+    assert [e["dataset"] for e in events(tmp_path, "val")] == ["HR", "HR_2"]
+
+
 def test_fp16_and_bf16_and_no_average_run(tmp_path):
     for options in (
         ["--amp=bf16"],
