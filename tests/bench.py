@@ -3,6 +3,7 @@
     python tests/bench.py                                           # nanoSwinIR alone
     python tests/bench.py --peer ../SwinIR --basicsr ../BasicSR     # beside the authors' network and loader
     python tests/bench.py --recipes tiny --modes bf16 --device cpu --peer ../SwinIR
+    python tests/bench.py --sizes --recipes tiny                    # time and memory against size
 
 Both networks have the same weights, take turns within one process, and go through the training step of
 train.py, with its settings of cuDNN and of the allocator. Prints Markdown. On a CPU batches are small, and
@@ -43,6 +44,7 @@ RECIPES = {  # the options of train.py that make them
     "tiny": ["configs/tiny.py"],
 }
 CPU_BATCH = {"denoise": 1, "classical": 1, "lightweight": 2, "jpeg": 1, "tiny": 4}
+WORKERS = (0, 1, 2, 4)
 MODES = {"float32": torch.float32, "bf16": torch.bfloat16, "compiled": torch.bfloat16}
 
 
@@ -227,13 +229,39 @@ def bench_inference(name: str, cfg: Config, mode: str, args: argparse.Namespace)
         row(f"{name}, {side}x{side}", mode, *cells)
 
 
-def bench_loading(cfg: Config, folder: Path, args: argparse.Namespace) -> float:
+def bench_sizes(name: str, cfg: Config, mode: str, args: argparse.Namespace) -> None:
+    """Time and memory against patch, batch and image size, of our network alone."""
+    net, w, C = networks(cfg, args)["ours"], cfg.window_size, cfg.in_chans
+    patches = [
+        (cfg.batch_size, side) for side in ((2 * w, 3 * w) if args.quick else range(4 * w, 17 * w, 4 * w))
+    ]
+    batches = [(batch, 8 * w) for batch in ((1,) if args.quick else (1, 2, 4, 8))]
+    for batch, side in [*patches, *batches]:
+        lq = torch.rand(batch, C, side, side, device=args.device)
+        gt = torch.rand(batch, C, side * cfg.scale, side * cfg.scale, device=args.device)
+        (seconds,), cells = race({"ours": training_step(net, cfg, mode, lq, gt)}, args)
+        each = milliseconds(seconds / batch / side**2 * 1e3) + " us"
+        row(f"{name}, training step, batch {batch}, {side}x{side}", mode, *cells, each)
+    net.eval()
+    for side in (32,) if args.quick else (64, 128, 256, 512, *[1024] * args.full):
+        x = torch.rand(1, C, side, side)
+
+        def infer(x: Tensor = x) -> None:
+            with torch.autocast(args.device, torch.bfloat16, mode != "float32"):
+                restore(net, x)
+
+        (seconds,), cells = race({"ours": infer}, args)
+        row(f"{name}, restore, {side}x{side}", mode, *cells, milliseconds(seconds / side**2 * 1e3) + " us")
+
+
+def bench_loading(cfg: Config, folder: Path, args: argparse.Namespace, workers: int = 2) -> float:
     """Pairs per second from packed 480x480 images; for SR, LQ is read too, else it is made."""
-    with redirect_stdout(sys.stderr):
-        bench_data.make_images(folder, (480, 480), 4 if args.quick else 24, cfg.scale)
+    if not (folder / "gt.npy").exists():
+        with redirect_stdout(sys.stderr):
+            bench_data.make_images(folder, (480, 480), 4 if args.quick else 24, cfg.scale)
     roots = {"dataroot_gt": folder / "gt.npy", "dataroot_lq": folder / "lq.npy" if cfg.scale > 1 else None}
     dataset = PairedImageDataset(**options_of(PairedImageDataset, cfg) | roots)
-    loader = train_loader(dataset, SampleNumbers(cfg.batch_size), 2, args.device == "cuda")
+    loader = train_loader(dataset, SampleNumbers(cfg.batch_size), workers, args.device == "cuda")
     with Prefetcher(loader, args.device) as batches:
         for _ in range(8):  # those that workers load while they start
             next(batches)
@@ -253,10 +281,13 @@ def describe(args: argparse.Namespace) -> None:
     sides, large = ((256,), 2**20) if args.quick else (sides, large)
     a, args.flops = torch.rand(2, large, device=args.device), {}
     args.bandwidth = a.nbytes / min(timed(lambda: a[0].copy_(a[1]), args.device) for _ in range(20))
+    ways = [lambda b: b @ b]
+    if args.device == "cpu":  # oneDNN's 1x1 convolution may be faster than MKL
+        ways.append(lambda b: nn.functional.conv2d(b[None, None].permute(0, 3, 1, 2), b[..., None, None]))
     for dtype in dict.fromkeys(MODES.values()):
-        factors = [a[0, : n * n].view(n, n).to(dtype) for n in sides]  # the best size counts
-        rates = [2 * len(b) ** 3 / timed(lambda b=b: b @ b, args.device) for b in factors for _ in range(20)]
-        args.flops[dtype] = max(rates)
+        factors = [a[0, : n * n].view(n, n).to(dtype) for n in sides]  # the best size and way count
+        runs = [(partial(way, b), 2 * len(b) ** 3) for b in factors for way in ways]
+        args.flops[dtype] = max(flop / timed(run, args.device) for run, flop in runs for _ in range(20))
         print(f"{str(dtype)[6:]} matrix product {args.flops[dtype] / 1e12:.3g} TFLOP/s", end="; ")
     versions = f"torch {torch.__version__}, Python {sys.version.split()[0]}"
     print(f"copy {args.bandwidth / 1e9:.3g} GB/s; {versions}.")
@@ -274,6 +305,9 @@ def main() -> None:
     cli.add_argument("--peer", type=Path, help="a clone of JingyunLiang/SwinIR")
     cli.add_argument("--basicsr", type=os.path.abspath, help="a clone of BasicSR, for tests/bench_data.py")
     cli.add_argument("--full", action="store_true", help="1 megapixel through SwinIR-M on a CPU, too")
+    cli.add_argument(
+        "--sizes", action="store_true", help="instead: time and memory against size, of ours alone"
+    )
     cli.add_argument("--quick", action="store_true", help="toy networks, one round: shows that it runs")
     args = cli.parse_args()
     if args.basicsr:
@@ -290,6 +324,17 @@ def main() -> None:
     hardware(Config(device=args.device), 1)  # as train.py: cuDNN's search, or on a CPU to keep freed memory
     torch.set_float32_matmul_precision("highest")  # PyTorch's default: TF32 in convolutions alone
     describe(args)
+    if args.sizes:
+        args.peer = None
+        row("Size", "mode", "ms", "peak GB", "per LQ pixel", head=True)
+        for name, mode in product(recipes, modes):
+            bench_sizes(name, recipes[name], mode, args)
+        row("Loading, pairs per second", *(f"{n} workers" for n in WORKERS), head=True)
+        for name, cfg in recipes.items():
+            with tempfile.TemporaryDirectory() as folder:
+                rates = [bench_loading(cfg, Path(folder), args, n) for n in WORKERS]
+            row(f"{name}, batch {cfg.batch_size}", *(f"{rate:,.0f}" for rate in rates))
+        return
     columns = ["mode", "ours, ms", *["SwinIR, ms", "SwinIR : ours (range)"] * bool(args.peer), "peak GB"]
     row("Training step", *columns, "GFLOP", "GB moved", "floor, ms", "of peak FLOP/s", head=True)
     for name, mode in product(recipes, modes):
