@@ -3,7 +3,7 @@
     python model.py net_g_best.pth photos/ restored/   # a file or a folder; see --help
     output = restore(load("net_g_best.pth"), image)    # (B, C, H, W) float in [0, 1], any size
 
-Arguments, state-dict keys, outputs and gradients are the authors', so weights go both ways
+Arguments, their defaults, state-dict keys, outputs and gradients are the authors', so weights go both ways
 (https://github.com/JingyunLiang/SwinIR, models/network_swinir.py). Shapes: B batch, H W image, C channels,
 L = H*W tokens, h heads, d = C/h, n = L/N windows of w x w = N tokens.
 """
@@ -30,21 +30,18 @@ from tqdm import tqdm
 
 @lru_cache(maxsize=4)
 def geometry(H: int, W: int, w: int, shift: int, device: Any = "cpu") -> dict:
-    """[a, b]: (L,) permutations that gather tokens of order a into order b, and back. Orders: "raster"; 0 and
+    """[a, b]: (L,) permutation that gathers tokens of order a into order b. Orders: "raster"; 0 and
     `shift`, by windows of the image rolled so far. "mask", if shifted: (n, N, N), 0, or -100 (published so,
     not -inf) between tokens that only the roll made neighbours. "size": (H, W)."""
     with torch.inference_mode(False):  # cached, so it must also be fit for training
-        order = {"raster": torch.arange(H * W, device=device)}
-        for s in (0, shift):
-            windows = order["raster"].view(H, W).roll((-s, -s), (0, 1)).view(H // w, w, W // w, w)
-            order[s] = windows.transpose(1, 2).reshape(-1)
+        image, grid = torch.arange(H * W, device=device).view(H, W), (H // w, w, W // w, w)
+        order = {s: image.roll((-s, -s), (0, 1)).view(grid).transpose(1, 2).flatten() for s in (0, shift)}
+        order["raster"] = image.flatten()
         place = {a: index.argsort() for a, index in order.items()}
-        g: dict = {(a, b): (place[a][order[b]], place[b][order[a]]) for a in order for b in order if a != b}
-        g["size"] = (H, W)
+        g: dict = {"size": (H, W)} | {(a, b): place[a][order[b]] for a in order for b in order if a != b}
         if shift:
-            y, x = torch.arange(H, device=device)[:, None], torch.arange(W, device=device)
-            region = 3 * ((y >= H - w).long() + (y >= H - shift)) + (x >= W - w).long() + (x >= W - shift)
-            region = region.flatten()[order[0]].view(-1, w * w)
+            y, x = order[shift].view(-1, w * w) // W, order[shift].view(-1, w * w) % W
+            region = 2 * (y < shift).long() + (x < shift)  # which of the two the roll brought round
             g["mask"] = (region[:, None, :] != region[:, :, None]) * -100.0
         return g
 
@@ -60,16 +57,6 @@ class Reorder(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad.index_select(1, ctx.saved_tensors[0]), None, None
-
-
-def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """Reflects (B, C, H, W) at the right and bottom up to multiples, smaller images more than once."""
-    for dim in (2, 3):
-        n = x.shape[dim]
-        if n % multiple:
-            i = torch.arange(n + -n % multiple, device=x.device) % max(2 * n - 2, 1)
-            x = x.index_select(dim, torch.minimum(i, (2 * n - 2 - i).abs()))
-    return x
 
 
 conv3 = partial(nn.Conv2d, kernel_size=3, padding=1)
@@ -121,11 +108,9 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.heads, self.window, self.scale = heads, window, qk_scale or (dim // heads) ** -0.5
         self.relative_position_bias_table = nn.Parameter(normal_(torch.empty((2 * window - 1) ** 2, heads)))
-        y, x = torch.arange(window).repeat_interleave(window), torch.arange(window).repeat(window)
-        row = (y[:, None] - y + window - 1) * (2 * window - 1) + (x[:, None] - x + window - 1)
-        self.register_buffer("relative_position_index", row)  # (N, N), of the bias table
-        self.qkv = Linear(dim, dim * 3, bias=qkv_bias)
-        self.proj = Linear(dim, dim)
+        row = (torch.arange(window)[:, None] * (2 * window - 1) + torch.arange(window)).flatten()
+        self.register_buffer("relative_position_index", row[:, None] - row + row[-1])  # (N, N), of the table
+        self.qkv, self.proj = Linear(dim, dim * 3, bias=qkv_bias), Linear(dim, dim)
         self.attn_drop, self.proj_drop = nn.Dropout(attn_drop), nn.Dropout(drop)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -159,8 +144,7 @@ class SwinBlock(nn.Module):
         """Stochastic depth: drops a sample's branch. As a tensor, `keep` lets compiled blocks share code."""
         if not self.training or self.whole:
             return x
-        kept = torch.rand(len(x), 1, 1, device=x.device) < self.keep
-        return x * (kept / self.keep).to(x.dtype)
+        return x * ((torch.rand(len(x), 1, 1, device=x.device) < self.keep) / self.keep).to(x.dtype)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x), mask))
@@ -179,7 +163,7 @@ class RSTB(nn.Module):
         skip, order = x, "raster"
         for block in self.residual_group["blocks"]:
             if order != block.shift:  # the only gather: none inside the blocks
-                x = Reorder.apply(x, *g[order, block.shift])
+                x = Reorder.apply(x, g[order, block.shift], g[block.shift, order])
             order, mask, N = block.shift, g["mask"] if block.shift else None, block.attn.window**2
             if self.use_checkpoint and self.training:
                 x = checkpoint(block, x, mask, use_reentrant=False)
@@ -190,9 +174,8 @@ class RSTB(nn.Module):
                 masks = mask.split(parts[0].shape[1] // N) if block.shift else [None] * len(parts)
                 for part, m in zip(parts, masks, strict=True):
                     part.copy_(block(part, m))
-        x = Reorder.apply(x, *g[order, "raster"])
-        x = x.unflatten(1, g["size"]).permute(0, 3, 1, 2)  # (B, C, H, W), channels last in memory: no copy
-        return skip + self.conv(x).permute(0, 2, 3, 1).flatten(1, 2)
+        x = Reorder.apply(x, g[order, "raster"], g["raster", order]).unflatten(1, g["size"])  # (B, H, W, C)
+        return skip + self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)  # views, no copies
 
 
 def body_conv(dim: int, resi_connection: str) -> nn.Module:
@@ -202,19 +185,11 @@ def body_conv(dim: int, resi_connection: str) -> nn.Module:
     return nn.Sequential(conv3(dim, slim), act(), nn.Conv2d(slim, slim, 1), act(), conv3(slim, dim))
 
 
-def keep_buffers(net: nn.Module, state_dict: dict, prefix: str, *_: Any) -> None:
-    """On loading: buffers follow from the arguments, so files may lack them or have another img_size's."""
-    for k in [k for k in state_dict if k.endswith(BUFFERS)]:
-        del state_dict[k]
-    state_dict.update({prefix + k: v for k, v in net.state_dict().items() if k.endswith(BUFFERS)})
-
-
 class SwinIR(nn.Module):
-    """The authors' network, with their argument names and defaults. `resi_connection`: '1conv', '3conv'.
-    `upsampler`: '' (denoising, JPEG), 'pixelshuffle' (classical SR, upscale 3 or a power of 2 up to 16),
-    'pixelshuffledirect' (lightweight SR), 'nearest+conv' (real-world SR, upscale 2 or 4).
-    `img_size`, the training size (int or (H, W)), fixes only the mask in the state dict, the size of the
-    absolute position embedding (`ape`), and that windows not smaller than it are not shifted.
+    """`upsampler`: '' (denoising, JPEG), 'pixelshuffle' (classical SR, upscale 3 or a power of 2 up to 16),
+    'pixelshuffledirect' (lightweight SR), 'nearest+conv' (real-world SR, upscale 2 or 4). `resi_connection`:
+    '1conv' or '3conv'. `img_size`, the training size (int or (H, W)), fixes only the mask in the state dict,
+    the size of the absolute position embedding (`ape`), and that windows not smaller aren't shifted.
     forward: (B, in_chans, H, W) in [0, 1], any H and W from 1 on, to (B, in_chans, H*upscale, W*upscale)."""
 
     def __init__(
@@ -239,7 +214,7 @@ class SwinIR(nn.Module):
         self.shift = self.window // 2 if min(H, W) > window_size else 0
         if self.shift and (H % window_size or W % window_size):
             raise ValueError(f"img_size {img_size} must be a multiple of window_size {window_size}")
-        self.register_load_state_dict_pre_hook(keep_buffers)
+        self.register_load_state_dict_pre_hook(SwinIR.keep_buffers)
         self.conv_first = conv3(in_chans, embed_dim)
         self.absolute_pos_embed = nn.Parameter(normal_(torch.empty(1, H * W, embed_dim))) if ape else None
         self.patch_embed = nn.Sequential(OrderedDict({"norm": norm_layer(embed_dim)} if patch_norm else {}))
@@ -255,11 +230,9 @@ class SwinIR(nn.Module):
         for name, p in self.layers.named_parameters():
             if re.search(r"(qkv|proj|fc\d)\.(weight|bias)$", name):
                 normal_(p) if p.ndim > 1 else nn.init.zeros_(p)
-        self.norm = norm_layer(embed_dim)
-        self.conv_after_body = body_conv(embed_dim, resi_connection)
-        # reconstruction: what a head doesn't need is empty
+        self.norm, self.conv_after_body = norm_layer(embed_dim), body_conv(embed_dim, resi_connection)
         wide, direct = upsampler in ("pixelshuffle", "nearest+conv"), upsampler == "pixelshuffledirect"
-        dim, c = (64, 64) if wide else (embed_dim, in_chans)
+        dim, c = (64, 64) if wide else (embed_dim, in_chans)  # reconstruction: what a head lacks is empty
         before = [conv3(embed_dim, dim), nn.LeakyReLU(inplace=True)] if wide else []
         factors = [3] if upscale == 3 else [2] * (upscale.bit_length() - 1)
         steps = [upscale] if direct else factors if upsampler == "pixelshuffle" else []
@@ -272,9 +245,19 @@ class SwinIR(nn.Module):
         if not self.upsampler:  # training begins at the identity: tenths of a dB in short runs
             nn.init.zeros_(self.conv_last.weight), nn.init.zeros_(self.conv_last.bias)
 
+    def keep_buffers(self, state_dict: dict, prefix: str, *_: Any) -> None:
+        """On loading: buffers follow from the arguments; files may lack them, or have another img_size's."""
+        for k in [k for k in state_dict if k.endswith(BUFFERS)]:
+            del state_dict[k]
+        state_dict.update({prefix + k: v for k, v in self.state_dict().items() if k.endswith(BUFFERS)})
+
     def forward(self, x: Tensor) -> Tensor:
         (H, W), mean = x.shape[2:], self.mean.to(x.dtype)
-        x = (pad_to_multiple(x, self.window_size) - mean) * self.img_range
+        for dim, n in (2, H), (3, W):  # reflected up to whole windows, smaller images more than once
+            if n % self.window_size:
+                i = torch.arange(n + -n % self.window_size, device=x.device) % max(2 * n - 2, 1)
+                x = x.index_select(dim, torch.minimum(i, (2 * n - 2 - i).abs()))
+        x = (x - mean) * self.img_range
         first = self.conv_first(x)
         g = geometry(*first.shape[2:], self.window, self.shift, x.device)
         y = first.to(self.conv_first.weight.dtype)  # the residual stream: float32 even with autocast
@@ -313,11 +296,10 @@ def read_weights(path: str | Path, param_key: str) -> tuple[dict[str, Tensor], d
         keys = (param_key, "params_ema", "params-ema", "params", "state_dict", "model_state_dict")
         weights = next((file[k] for k in keys if isinstance(file.get(k), dict)), file)
         weights = {PREFIX.sub("", k): v for k, v in weights.items() if isinstance(v, Tensor)}
-        arguments = dict(file.get("arguments", {}))
+        return weights, dict(file.get("arguments", {}))
     except Exception as e:  # unpickling a damaged file raises anything
         why = "refused: it is damaged, or holds more than tensors and plain values, which could run code"
         raise ValueError(f"{path}: {getattr(e, 'strerror', '') or why}; get it again") from e
-    return weights, arguments
 
 
 def load(path: str | Path, param_key: str = "params_ema", device: Any = "cpu") -> SwinIR:
@@ -329,7 +311,7 @@ def load(path: str | Path, param_key: str = "params_ema", device: Any = "cpu") -
         layers = Counter(re.findall(r"^layers\.(\d+)\..*\.norm1\.weight$", "\n".join(weights), re.M))
         block = "layers.{}.residual_group.blocks.{}."
         tables = [weights[block.format(i, 0) + "attn.relative_position_bias_table"].shape for i in layers]
-        window, hidden = (isqrt(tables[0][0]) + 1) // 2, len(weights[block.format(0, 0) + "mlp.fc1.bias"])
+        w, hidden = (isqrt(tables[0][0]) + 1) // 2, len(weights[block.format(0, 0) + "mlp.fc1.bias"])
         shuffled = 64 if "conv_last.weight" in weights else chans
         shuffles = [isqrt(len(v) // shuffled) for k, v in weights.items() if re.match(r"upsample.*weight", k)]
         ups, ape = len({"conv_up1.weight", "conv_up2.weight"} & set(weights)), "absolute_pos_embed" in weights
@@ -340,12 +322,11 @@ def load(path: str | Path, param_key: str = "params_ema", device: Any = "cpu") -
             "upsampler": HEADS[3 if ups else bool(shuffles) + ("conv_before_upsample.0.weight" in weights)],
             "resi_connection": "1conv" if "conv_after_body.weight" in weights else "3conv",
         }  # fmt: skip
-        n = len(weights.get(block.format(0, 1) + "attn_mask", range((64 // window) ** 2)))
-        size = isqrt(weights["absolute_pos_embed"].shape[1]) if ape else isqrt(n) * window
+        n = len(weights.get(block.format(0, 1) + "attn_mask", range((64 // w) ** 2)))
+        size = isqrt(weights["absolute_pos_embed"].shape[1]) if ape else isqrt(n) * w
         ratio = hidden / dim if int(hidden / dim * dim) == hidden else (hidden + 0.5) / dim
-        usual = {"img_size": size, "window_size": window, "mlp_ratio": ratio}
-        usual["img_range"] = 255.0 if window == 7 else 1.0  # spandrel's convention, after the JPEG networks
-        net = SwinIR(**usual | stated | certain)
+        base = {"img_size": size, "window_size": w, "mlp_ratio": ratio, "img_range": 255.0 if w == 7 else 1.0}
+        net = SwinIR(**base | stated | certain)  # img_range: spandrel's convention, after the JPEG networks
         net.load_state_dict(weights)
     except (RuntimeError, LookupError, TypeError, ValueError, ArithmeticError) as e:
         raise ValueError(f"{path}: holds no SwinIR known here: {' '.join(str(e).split())[:300]}") from e
@@ -384,7 +365,7 @@ def restore(net: SwinIR, image: Tensor, tile: int | None = None, overlap=32, ens
     """The network's output for a float image (B, C, H, W) in [0, 1] of any size, on the image's device.
     tile, overlap: input pixels. Tiles stand on the window grid, at most two overlapping; without `tile`, and
     where it is too large for the memory, they are as large as fits. ensemble: mean of the 8 symmetries."""
-    (B, C, H, W), turns = image.shape, range(8 if ensemble else 1)
+    B, C, H, W = image.shape
     device, w, s = net.mean.device, net.window_size, net.upscale if net.upsampler else 1
     free = 0.7 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 1.2e9  # bytes
     head = 3 * 64 if len(net.conv_before_upsample) else 2 * C  # channels at the output's size
@@ -394,7 +375,7 @@ def restore(net: SwinIR, image: Tensor, tile: int | None = None, overlap=32, ens
     lap = max(min(overlap, size // 2), 0) // w * w
 
     def f(x: Tensor) -> Tensor:
-        xs = ((x.flip(3) if k > 3 else x).rot90(k, (2, 3)) for k in turns)
+        xs = ((x.flip(3) if k > 3 else x).rot90(k, (2, 3)) for k in range(8 if ensemble else 1))
         ys = [net(x.to(device)).rot90(-k, (2, 3)) for k, x in enumerate(xs)]
         return torch.stack([y.flip(3) if k > 3 else y for k, y in enumerate(ys)]).mean(0).to(image)
 
@@ -490,11 +471,10 @@ def main() -> int | None:
     jobs = [(source, target if target.suffix.lower() == ".png" else target / f"{source.stem}.png")]
     if source.is_dir():
         kinds = ".bmp .gif .jpeg .jpg .pbm .pgm .png .ppm .tif .tiff .webp".split()
-        names = [p.relative_to(source) for p in sorted(source.rglob("*")) if p.suffix.lower() in kinds]
-        names = [p for p in names if not any(part.startswith(".") for part in p.parts)]
-        same = Counter(str(p.with_suffix("")).lower() for p in names)  # of these, outputs keep the suffix
-        tails = [p.suffix * (same[str(p.with_suffix("")).lower()] > 1) + ".png" for p in names]
-        jobs = [(source / p, target / p.with_suffix(tail)) for p, tail in zip(names, tails, strict=True)]
+        found = (p.relative_to(source) for p in sorted(source.rglob("*")) if p.suffix.lower() in kinds)
+        names = {p: str(p.with_suffix("")).lower() for p in found if "/." not in f"/{p.as_posix()}"}
+        same = Counter(names.values())  # of these, outputs keep the suffix
+        jobs = [(source / p, target / p.with_suffix(p.suffix * (same[names[p]] > 1) + ".png")) for p in names]
     if not jobs:
         raise ValueError(f"{source}: holds no images")
     if any(out.resolve().is_relative_to(source.resolve()) for _, out in jobs):
@@ -502,8 +482,7 @@ def main() -> int | None:
     for path, out in tqdm(jobs, unit="image"):
         try:
             with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.bf16):
-                y = restore_pixels(net, read(path), args.tile, args.overlap, args.ensemble)
-            write_png(out, y)
+                write_png(out, restore_pixels(net, read(path), args.tile, args.overlap, args.ensemble))
         except Exception as e:  # Pillow raises anything for a broken file
             failed = 1
             tqdm.write(f"{path}: {str(e) or type(e).__name__}", file=sys.stderr)
