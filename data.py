@@ -157,15 +157,12 @@ class ImageFolder:
         self.notices = [f"{root}: alpha is dropped from {sum(alphas)} images"] if any(alphas) else []
 
     def __getitem__(self, i: int, rows: int | None = None) -> np.ndarray:
-        """Image i; of one that can't be kept, what is below `rows` may be black."""
-        if i in self.cache:
-            return self.cache[i]
-        size = math.prod(self.shapes[i]) * self.depths[i]
-        if self.cached + size > self.cache_gb * 1e9 / getattr(get_worker_info(), "num_workers", 1):
-            return read_image(self.root / self.names[i], rows=rows)
-        self.cached += size
-        self.cache[i] = read_image(self.root / self.names[i])  # for good, because epochs are shuffled
-        return self.cache[i]
+        """Image i. Where only the first `rows` are needed, the others may be black: they aren't decoded."""
+        size, path = math.prod(self.shapes[i]) * self.depths[i], f"{self.root}/{self.names[i]}"
+        limit = self.cache_gb * 1e9 / getattr(get_worker_info(), "num_workers", 1)
+        if i not in self.cache and self.cached + size <= limit:
+            self.cache[i], self.cached = read_image(path), self.cached + size  # for good: epochs are shuffled
+        return self.cache[i] if i in self.cache else read_image(path, rows=rows)
 
 
 class PackedImages:
@@ -187,7 +184,7 @@ class PackedImages:
     def __reduce__(self) -> tuple:  # a spawned worker maps the file anew, where pickle would copy it
         return PackedImages, (self.root,)
 
-    def __getitem__(self, i: int) -> np.ndarray:
+    def __getitem__(self, i: int, rows: int | None = None) -> np.ndarray:
         return np.ndarray(self.shapes[i], f"<u{self.depths[i]}", self.data, self.starts[i])
 
 
@@ -222,7 +219,7 @@ class SyntheticImages:
     def __init__(self, seed: int = 0, size: int = 256, in_chans: int = 3):
         self.seed, self.size, self.in_chans = seed, size, in_chans
 
-    def __getitem__(self, number: int) -> np.ndarray:
+    def __getitem__(self, number: int, rows: int | None = None) -> np.ndarray:
         return to_channels(dead_leaves(self.seed, number, self.size), self.in_chans)
 
 
@@ -363,14 +360,10 @@ class PairedImageDataset(Dataset):
         top, left = int(u[2] * max(h - size + 1, 1)), int(u[3] * max(w - size + 1, 1))  # LQ pixels, inclusive
         y, x = max(top // block * block - margin, 0), max(left // block * block - margin, 0)
         bottom, right = (min(-(-(a + size) // block) * block + margin, n) for a, n in ((top, h), (left, w)))
-
-        def crop(images, i: int, s: int) -> np.ndarray:
-            image = images.__getitem__(i, bottom * s) if isinstance(images, ImageFolder) else images[i]
-            return image[y * s : bottom * s, x * s : right * s]
-
-        gt = to_channels(crop(gt, i, scale), self.in_chans)
+        gt = gt.__getitem__(i, bottom * scale)[y * scale : bottom * scale, x * scale : right * scale]
+        gt = to_channels(gt, self.in_chans)
         gt = gt if margin else self.pad(gt, self.gt_size)  # first, for noise should not be mirrored
-        lq = crop(lq, j, 1) if lq else self.degrade(gt, rng, self)
+        lq = lq.__getitem__(j, bottom)[y:bottom, x:right] if lq else self.degrade(gt, rng, self)
         lq = self.pad(to_channels(lq[top - y :, left - x :][:size, :size], self.in_chans), size)
         gt = gt[(top - y) * scale :, (left - x) * scale :][: self.gt_size, : self.gt_size]
         return self.augment(lq, *u[4:]), self.augment(self.pad(gt, self.gt_size), *u[4:])

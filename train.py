@@ -415,7 +415,6 @@ def main(cfg: Config) -> None:
     bar["bar_format"] = "{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
     with tqdm(**bar) as bar, Prefetcher(loader, device) as batches:
         since, seen = time.perf_counter(), start
-        hint = " (try more --num_workers, or a file made by data.py pack)"
         for it in range(start + 1, cfg.total_iters + 1):
             # The step. DropPath draws from (seed, iteration, rank).
             torch.manual_seed((cfg.seed * 1_000_003 + it) * 4099 + rank)
@@ -455,8 +454,7 @@ def main(cfg: Config) -> None:
                 entry |= {"data_time": batches.wait / steps, "img_per_s": speed, "max_mem_gb": gb}
                 text = f"iter {it:,}/{cfg.total_iters:,}: loss {loss:.4e}, lr {lr:.2e}, {speed:.1f} img/s, "
                 text += f"{batches.wait / spent:.0%} waiting for data" + f", {bad:.0f} skipped" * (bad > 0)
-                if batches.wait > spent / 4:
-                    text, hint = text + hint, ""  # once
+                text += " (try more --num_workers, or data.py pack)" * (batches.wait > spent / 4)
                 log(text, event="train", iter=it, **entry)
                 if row >= 50:
                     raise SystemExit("stopped: no finite loss in 50 steps; lower --lr, or try --grad_clip=1")
