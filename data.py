@@ -151,7 +151,7 @@ class ImageFolder:
 
         self.root, self.cache_gb, self.cache, self.cached = Path(root), cache_gb, {}, 0
         with ThreadPoolExecutor(16) as pool:  # many at a time, for to open a file is mostly to wait for it
-            found = list(tqdm(pool.map(look, list_images(root)), str(root), disable=not whole))
+            found = list(tqdm(pool.map(look, list_images(root)), str(root), disable=None if whole else True))
         good, self.problems = ([*filter(None, column)] for column in zip(*found, strict=True))
         self.names, self.shapes, self.depths, alphas = ([header[k] for header in good] for k in range(4))
         self.notices = [f"{root}: alpha is dropped from {sum(alphas)} images"] if any(alphas) else []
@@ -196,7 +196,8 @@ def pack(source: str | Path, target: str | Path) -> None:
     *starts, pixels = np.cumsum([0, *sizes]).tolist()
     index = json.dumps([folder.names, folder.shapes, folder.depths, starts]).encode()
     total, free = pixels + len(index) + 16, shutil.disk_usage(partial.absolute().parent).free
-    print(f"{target}: {len(sizes)} images, {total / 1e9:.2f} of {free / 1e9:.2f} GB free", *folder.notices)
+    size = f"{target}: {len(sizes)} images, {total / 1e9:.3g} GB; {free / 1e9:.3g} GB are free"
+    print("\n".join([size, *folder.notices]))
     need(total < 0.98 * free, f"{target} would fill the disk: make room, or pack to another one")
     with partial.open("wb") as f, ThreadPoolExecutor(os.cpu_count()) as pool:
         np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": (total,)})
@@ -312,7 +313,7 @@ class PairedImageDataset(Dataset):
     def __init__(
         self, dataroot_gt=None, dataroot_lq=None, degradation="noise", sigma=25, quality=40, scale=1,
         gt_size=128, in_chans=3, filename_tmpl="{}", meta_info_file=None, dataset_weights=None,
-        use_hflip=True, use_rot=True, seed=0, cache_gb=2.0,
+        use_hflip=True, use_rot=True, seed=0, cache_gb=2.0, whole=False,
     ):  # fmt: skip
         vars(self).update({k: v for k, v in locals().items() if k != "self"})
         need(in_chans in (1, 3), f"in_chans={in_chans} is neither 1 nor 3")
@@ -322,7 +323,7 @@ class PairedImageDataset(Dataset):
             need(0 <= low <= high, f"{name}={value} is neither a number nor a range (low, high)")
         self.degrade, self.margin = (None, 0) if dataroot_lq else DEGRADATIONS.get(degradation, (None, None))
         need(self.margin is not None, f"degradation={degradation}: not one of {', '.join(DEGRADATIONS)}")
-        found = open_pairs(dataroot_gt, dataroot_lq, scale, filename_tmpl, meta_info_file, cache_gb)
+        found = open_pairs(dataroot_gt, dataroot_lq, scale, filename_tmpl, meta_info_file, cache_gb, whole)
         self.groups, sources, problems, self.notices = found
         need(not problems, "; ".join([*problems[:5], f"{len(problems)} in all: see python data.py check"]))
         need(all(self.groups), f"{meta_info_file} lists no image of one of the roots")
@@ -385,7 +386,8 @@ class ValidationImages(PairedImageDataset):
     reference test noise, np.random.seed(0) before each image. Without `val_gt`: `count` synthetic images."""
 
     def __init__(self, val_gt=None, val_lq=None, count: int = 16, **options):
-        super().__init__(val_gt, val_lq, gt_size=options.get("scale", 1), seed=-1, cache_gb=0, **options)
+        fixed = {"gt_size": options.get("scale", 1), "seed": -1, "cache_gb": 0, "whole": True}
+        super().__init__(val_gt, val_lq, **fixed, **options)  # all are decoded, lest one end a run later
         size = 256 // self.scale
         self.pairs = self.pairs or [(self.synthetic, i, None, i, size, size) for i in range(count)]
 
@@ -483,7 +485,7 @@ def main(command: str = "", *arguments: str) -> None:
         sheet = sheet.round().byte().permute(2, 0, 3, 1).flatten(1, 2)
         Image.fromarray(to_channels(sheet.numpy(), 3)).save(paths[0])
     else:
-        sys.exit(__doc__)
+        sys.exit(print(__doc__) if command in ("-h", "--help") else f"not understood\n\n{__doc__}")
 
 
 if __name__ == "__main__":

@@ -258,7 +258,7 @@ class Log:
                 for name in dict.fromkeys(name for name, *_ in points):
                     axis.plot(*zip(*(xy for n, *xy in points if n == name), strict=True), ".-", label=name)
                     axis.legend()
-                axis.set(xlabel="iteration", title=key)
+                axis.set(xlabel="iteration", title={"psnr": "PSNR, dB"}.get(key, key))
             figure.savefig(self.folder / "curves.png")
 
 

@@ -86,9 +86,7 @@ class Linear(nn.Linear):
 class MatMul(torch.autograd.Function):
     """a @ b for MKL: what is narrow is computed transposed, in down to a third of the time."""
 
-    @staticmethod
-    def product(a: Tensor, b: Tensor) -> Tensor:
-        return a @ b if a.shape[-2] <= b.shape[-1] else (b.mT @ a.mT).mT
+    product = staticmethod(lambda a, b: a @ b if a.shape[-2] <= b.shape[-1] else (b.mT @ a.mT).mT)
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
@@ -298,8 +296,8 @@ def read_weights(path: str | Path, param_key: str) -> tuple[dict[str, Tensor], d
         weights = {PREFIX.sub("", k): v for k, v in weights.items() if isinstance(v, Tensor)}
         return weights, dict(file.get("arguments", {}))
     except Exception as e:  # unpickling a damaged file raises anything
-        why = "refused: it is damaged, or holds more than tensors and plain values, which could run code"
-        raise ValueError(f"{path}: {getattr(e, 'strerror', '') or why}; get it again") from e
+        why = "refused: it is damaged, or holds more than tensors and plain values; get it again"
+        raise ValueError(f"{path}: {getattr(e, 'strerror', '') or why}") from e
 
 
 def load(path: str | Path, param_key: str = "params_ema", device: Any = "cpu") -> SwinIR:
@@ -465,8 +463,8 @@ def main() -> int | None:
     args, failed = cli.parse_args(), 0
     if args.onnx:
         return print(f"{args.onnx}: {export_onnx(load(args.net), args.onnx)}")
-    if not args.output:
-        cli.error("say what to restore and where to: NET INPUT OUTPUT")
+    if not args.output or args.output.suffix.lower() in (".jpg", ".jpeg", ".tif", ".webp", ".bmp"):
+        cli.error("say what to restore and where to: NET INPUT OUTPUT, which is a .png file or a folder")
     net, source, target = load(args.net, device=args.device), args.input, args.output
     jobs = [(source, target if target.suffix.lower() == ".png" else target / f"{source.stem}.png")]
     if source.is_dir():
@@ -492,5 +490,5 @@ def main() -> int | None:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (ValueError, RuntimeError, AssertionError, KeyboardInterrupt) as e:
+    except (ValueError, RuntimeError, OSError, AssertionError, KeyboardInterrupt) as e:
         sys.exit(f"model.py: {str(e) or 'stopped'}")

@@ -135,7 +135,7 @@ def load_config(argv: list[str]) -> Config:
             try:
                 pairs = {k: v for k, v in run_path(arg).items() if k[0] != "_" and not inspect.ismodule(v)}
             except BaseException as error:
-                raise SystemExit(f"{arg} is no config file: {type(error).__name__}: {error}") from None
+                raise SystemExit(f"{arg} is no config file (options are --key=value): {error!r}") from None
         elif not equals:
             raise SystemExit(f"{arg}: options are written as --key=value")
         for key, value in pairs.items():
@@ -302,7 +302,7 @@ def main(cfg: Config) -> None:
     start, best, before = (state[k] for k in ("iter", "best", "config"))
     log = Log(folder, start, cfg.use_tb_logger, cfg.wandb, vars(cfg)) if rank == 0 else lambda *x, **y: None
     log(f"{folder}: continuing after iteration {start:,}" if start else f"{folder}: starting")
-    changed = {k: (before[k], v) for k, v in vars(cfg).items() if k in before and before[k] != v}
+    changed = {k: (before[k], v) for k, v in vars(cfg).items() if before.get(k, v) != v and k != "resume"}
     told = [f"{k}: {a} -> {b}" if start else f"{k}={b}" for k, (a, b) in changed.items()]
     log(f"options: {', '.join(told) or ('as before' if start else 'the defaults')}")
     fixed = {*options_of(SwinIR, cfg), "scale", "seed", "batch_size", "optimizer"} - {"use_checkpoint"}
