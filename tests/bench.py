@@ -206,14 +206,16 @@ def bench_training(name: str, cfg: Config, mode: str, args: argparse.Namespace) 
     row(f"{name}, batch {B}", mode, *cells, " / ".join(f"{least[0] / s:.0%}" for s in seconds))
 
 
+def inference(device: str, mode: str, f: Callable, x: Tensor) -> None:
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16, mode != "float32"):
+        f(x)
+
+
 def bench_inference(name: str, cfg: Config, mode: str, args: argparse.Namespace) -> None:
     nets, size, large = networks(cfg, args), cfg.gt_size // cfg.scale, 48 if args.quick else 1024
     slow = args.device == "cpu" and cfg.embed_dim == 180 and not args.full
 
-    def infer(f: Callable, x: Tensor) -> None:
-        with torch.no_grad(), torch.autocast(args.device, torch.bfloat16, mode != "float32"):
-            f(x)
-
+    infer = partial(inference, args.device, mode)
     for side in (size, size * 3 // 2 + 3, *[large] * (not slow)):  # both pad to whole windows
         x = torch.rand(1, cfg.in_chans, side, side, device=args.device)
         runs = {k: partial(infer, net, x) for k, net in nets.items()}
@@ -245,12 +247,8 @@ def bench_sizes(name: str, cfg: Config, mode: str, args: argparse.Namespace) -> 
     net.eval()
     for side in (32,) if args.quick else (64, 128, 256, 512, *[1024] * args.full):
         x = torch.rand(1, C, side, side)
-
-        def infer(x: Tensor = x) -> None:
-            with torch.autocast(args.device, torch.bfloat16, mode != "float32"):
-                restore(net, x)
-
-        (seconds,), cells = race({"ours": infer}, args)
+        run = partial(inference, args.device, mode, partial(restore, net), x)
+        (seconds,), cells = race({"ours": run}, args)
         row(f"{name}, restore, {side}x{side}", mode, *cells, milliseconds(seconds / side**2 * 1e3) + " us")
 
 
