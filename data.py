@@ -7,6 +7,8 @@
 Images are arrays (H, W, C), RGB or gray, uint8 or uint16. Sample n is a pure function of (seed, n).
 """
 
+import ast
+import inspect
 import io
 import json
 import math
@@ -19,7 +21,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -158,11 +159,12 @@ class ImageFolder:
 
     def __getitem__(self, i: int, rows: int | None = None) -> np.ndarray:
         """Image i. Where only the first `rows` are needed, the others may be black: they aren't decoded."""
-        size, path = math.prod(self.shapes[i]) * self.depths[i], f"{self.root}/{self.names[i]}"
-        limit = self.cache_gb * 1e9 / getattr(get_worker_info(), "num_workers", 1)
-        if i not in self.cache and self.cached + size <= limit:
+        if i not in self.cache:
+            size, path = math.prod(self.shapes[i]) * self.depths[i], f"{self.root}/{self.names[i]}"
+            if self.cached + size > self.cache_gb * 1e9 / getattr(get_worker_info(), "num_workers", 1):
+                return read_image(path, rows=rows)
             self.cache[i], self.cached = read_image(path), self.cached + size  # for good: epochs are shuffled
-        return self.cache[i] if i in self.cache else read_image(path, rows=rows)
+        return self.cache[i]
 
 
 class PackedImages:
@@ -196,8 +198,7 @@ def pack(source: str | Path, target: str | Path) -> None:
     *starts, pixels = np.cumsum([0, *sizes]).tolist()
     index = json.dumps([folder.names, folder.shapes, folder.depths, starts]).encode()
     total, free = pixels + len(index) + 16, shutil.disk_usage(partial.absolute().parent).free
-    size = f"{target}: {len(sizes)} images, {total / 1e9:.3g} GB; {free / 1e9:.3g} GB are free"
-    print("\n".join([size, *folder.notices]))
+    print(*folder.notices, f"{len(sizes)} images, {total / 1e9:.3g} GB ({free / 1e9:.3g} GB free)", sep="\n")
     need(total < 0.98 * free, f"{target} would fill the disk: make room, or pack to another one")
     with partial.open("wb") as f, ThreadPoolExecutor(os.cpu_count()) as pool:
         np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": (total,)})
@@ -268,14 +269,13 @@ def sample_rng(seed: int, number: int, stream: int = 0, reuse=None) -> np.random
     return rng
 
 
-def open_pairs(gts, lqs, scale=1, filename_tmpl="{}", meta_info_file=None, cache_gb=0.0, whole=False):
+def open_pairs(gts, lqs, scale=1, filename_tmpl="{}", meta_info_file=None, cache_gb=0, whole=0, gt_size=0):
     """Opens folders and packed files (one, a list, or names separated by commas), pairs images by name, and
     returns a list of pairs for each GT root, sources, problems, notices. A pair (gt, i, lq, j, h, w) is gt[i]
     and, unless lq is None, lq[j]; of both h x w LQ pixels are used, aligned top left as in BasicSR."""
     gts, lqs = (str(r).split(",") if isinstance(r, str | Path) else list(r or ()) for r in (gts, lqs))
     need(len(lqs) in (0, len(gts)), "give one dataroot_lq for each dataroot_gt")
     need("{}" in filename_tmpl, f"filename_tmpl={filename_tmpl}: it must be like {{}}x2")
-    need(not meta_info_file or Path(meta_info_file).is_file(), f"meta_info_file={meta_info_file} is missing")
     lines = Path(meta_info_file).read_text("utf-8").splitlines() if meta_info_file else []
     listed = {line.rsplit(" (", 1)[0].strip() for line in lines} - {""}  # a line: name.png (h,w,c)
     roots, n, groups = gts + lqs, len(gts), []
@@ -290,8 +290,7 @@ def open_pairs(gts, lqs, scale=1, filename_tmpl="{}", meta_info_file=None, cache
             if meta_info_file and name not in listed:
                 continue
             partner = Path(name).with_name(filename_tmpl.format(Path(name).stem)).as_posix()
-            j = by_name.get(partner + Path(name).suffix, by_name.get(partner)) if lqs else i
-            if j is None:
+            if (j := by_name.get(partner + Path(name).suffix, by_name.get(partner)) if lqs else i) is None:
                 problems.append(f"{gt.root}/{name} has no partner {partner}.* in {lq.root}")
                 continue
             lh, lw = lq.shapes[j][:2] if lqs else (h // scale, w // scale)
@@ -301,6 +300,8 @@ def open_pairs(gts, lqs, scale=1, filename_tmpl="{}", meta_info_file=None, cache
             groups[-1].append((gt, i, lq if lqs else None, j, min(h // scale, lh), min(w // scale, lw)))
         unused = () if meta_info_file else set(by_name.values()) - {pair[3] for pair in groups[-1]}
         problems += [f"{lq.root}/{lq.names[j]} has no partner in {gt.root}" for j in sorted(unused)]
+    small = sum(min(h, w) * scale < gt_size for pairs in groups for *_, h, w in pairs)
+    notices += [f"{small} images are smaller than gt_size={gt_size}: padded by reflection"][:small]
     return groups, sources, problems, notices
 
 
@@ -323,8 +324,8 @@ class PairedImageDataset(Dataset):
             need(0 <= low <= high, f"{name}={value} is neither a number nor a range (low, high)")
         self.degrade, self.margin = (None, 0) if dataroot_lq else DEGRADATIONS.get(degradation, (None, None))
         need(self.margin is not None, f"degradation={degradation}: not one of {', '.join(DEGRADATIONS)}")
-        found = open_pairs(dataroot_gt, dataroot_lq, scale, filename_tmpl, meta_info_file, cache_gb, whole)
-        self.groups, sources, problems, self.notices = found
+        found = dataroot_gt, dataroot_lq, scale, filename_tmpl, meta_info_file, cache_gb, whole, gt_size
+        self.groups, sources, problems, self.notices = open_pairs(*found)
         need(not problems, "; ".join([*problems[:5], f"{len(problems)} in all: see python data.py check"]))
         need(all(self.groups), f"{meta_info_file} lists no image of one of the roots")
         fine = len(dataset_weights or self.groups) == len(self.groups) and min(dataset_weights or [1]) > 0
@@ -332,8 +333,6 @@ class PairedImageDataset(Dataset):
         self.pairs = [pair for pairs in self.groups for pair in pairs]
         self.synthetic = None if sources else SyntheticImages(seed, max(256, 2 * gt_size), in_chans)
         self.epoch, self.rng, self.eight_bit = None, sample_rng(0, 0), not any(2 in s.depths for s in sources)
-        small = sum(min(h, w) * scale < gt_size for *_, h, w in self.pairs)
-        self.notices += [f"{small} images are smaller than gt_size={gt_size}: padded by reflection"][:small]
 
     def __len__(self) -> int:
         return len(self.pairs) or SyntheticImages.POOL
@@ -439,6 +438,7 @@ class Prefetcher:
 
     def __next__(self) -> list[torch.Tensor]:
         start = time.perf_counter()
+        self.ready.append(self.thread.submit(self.load))
         try:
             batch, copied = self.ready.pop(0).result()
         except ValueError as error:  # from a worker it is a whole traceback that ends in the sentence
@@ -446,44 +446,45 @@ class Prefetcher:
         except (OSError, EOFError) as error:  # while a worker sent a batch
             raise RuntimeError(f"a DataLoader worker has died: {error!r}") from None
         self.wait += time.perf_counter() - start
-        self.ready.append(self.thread.submit(self.load))
         if copied:
             torch.cuda.current_stream(self.device).wait_event(copied)
             for images in batch:  # lest the side stream reuse their memory while they are in use
                 images.record_stream(torch.cuda.current_stream(self.device))
         return batch
 
-    def close(self, *_) -> None:
+    def __exit__(self, *_) -> None:
         self.thread.shutdown(cancel_futures=True)
         self.batches = None  # the last reference to the loader's iterator, with which its workers end
 
-    __exit__ = close
     __enter__ = __iter__ = lambda self: self
 
 
 def main(command: str = "", *arguments: str) -> None:
-    paths = [argument for argument in arguments if not argument.startswith("--")]
-    flags = [argument[2:].partition("=") for argument in arguments if argument.startswith("--")]
+    names, paths = inspect.signature(PairedImageDataset).parameters, [a for a in arguments if a[:2] != "--"]
     options = runpy.run_path(paths.pop(0)) if paths and paths[0].endswith(".py") else {}
-    options |= {key: int(value) if value.isdigit() else value for key, _, value in flags}
+    for key, _, text in (a[2:].partition("=") for a in arguments if a[:2] == "--"):
+        need(key in (*names, "val_gt", "val_lq"), f"--{key} is none of {', '.join(names)}, val_gt, val_lq")
+        number = key in names and isinstance(names[key].default, int | float)
+        options[key] = ast.literal_eval(text) if number else text
+    options |= zip(("dataroot_gt", "dataroot_lq"), paths, strict=False) if command == "check" else {}
+    known = {k: v(type("cfg", (), options)) if callable(v) else v for k, v in options.items() if k in names}
     if command == "pack" and len(paths) == 2:
         pack(*paths)
-    elif command == "check" and (paths or options):  # decode all
-        options, problems = options | dict(zip(("dataroot_gt", "dataroot_lq"), paths, strict=False)), []
-        for gt, lq, meta in (("dataroot_gt", "dataroot_lq", "meta_info_file"), ("val_gt", "val_lq", "")):
-            known = {k: options[k] for k in ("scale", "filename_tmpl", meta) if k in options}
-            groups, _, found, notices = open_pairs(options.get(gt), options.get(lq), **known, whole=True)
-            print(f"{gt}: {sum(map(len, groups))} images or pairs", *notices, sep="\n")
-            problems += found
-        sys.exit("\n".join([*problems, f"{len(problems)} problems"]) if problems else print("no problems"))
-    elif command == "preview" and len(paths) == 1:  # LQ, enlarged, above GT
-        cfg, code = SimpleNamespace(**options), PairedImageDataset.__init__.__code__
-        names = code.co_varnames[: code.co_argcount]
-        known = {k: v(cfg) if callable(v) else v for k, v in options.items() if k in names}
+    elif command == "check" and options.keys() & {"dataroot_gt", "val_gt"}:  # decode all
+        count, shared = 0, ("scale", "filename_tmpl", "meta_info_file", "gt_size")
+        for gt, lq, n in ("dataroot_gt", "dataroot_lq", 4), ("val_gt", "val_lq", 2):
+            if gt in options:
+                how = {k: known[k] for k in shared[:n] if k in known}
+                groups, _, problems, notices = open_pairs(options[gt], options.get(lq), whole=True, **how)
+                print(f"{gt}: {sum(map(len, groups))} images or pairs", *notices, *problems, sep="\n")
+                count += len(problems)
+        sys.exit(f"{count} problems" if count else print("no problems"))
+    elif command == "preview" and len(paths) == 1:
         lq, gt = next(Prefetcher(train_loader(PairedImageDataset(**known), SampleNumbers(8), 0), "cpu"))
         sheet = torch.cat([torch.nn.functional.interpolate(lq, gt.shape[2:]), gt], 2).clip(0, 1) * 255
         sheet = sheet.round().byte().permute(2, 0, 3, 1).flatten(1, 2)
         Image.fromarray(to_channels(sheet.numpy(), 3)).save(paths[0])
+        print(f"{paths[0]}: 8 training pairs, the input (enlarged) above the ground truth")
     else:
         sys.exit(print(__doc__) if command in ("-h", "--help") else f"not understood\n\n{__doc__}")
 

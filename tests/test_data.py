@@ -616,17 +616,16 @@ os._exit(0)
 def test_killed_worker_is_an_error_within_seconds():
     """In a process of its own: PyTorch's handler of SIGCHLD may raise anywhere in the main thread."""
     command = [sys.executable, "-c", SLOW]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=40)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
     assert "worker" in done.stdout, done.stdout + done.stderr
 
 
-def test_close_stops_thread_and_workers(folder):
-    prefetcher = Prefetcher(train_loader(PairedImageDataset(folder, gt_size=32), SampleNumbers(2), 2), "cpu")
-    next(prefetcher)
-    assert prefetcher.wait >= 0
-    workers = prefetcher.batches._workers
-    prefetcher.close()
-    prefetcher.close()
+def test_leaving_the_prefetcher_stops_thread_and_workers(folder):
+    loader = train_loader(PairedImageDataset(folder, gt_size=32), SampleNumbers(2), 2)
+    with Prefetcher(loader, "cpu") as prefetcher:
+        next(prefetcher)
+        assert prefetcher.wait >= 0
+        workers = prefetcher.batches._workers
     assert prefetcher.thread._shutdown and not any(worker.is_alive() for worker in workers)
 
 
@@ -678,6 +677,24 @@ def test_command_line(folder, tmp_path):
     assert run_cli()[0] == 1
 
 
+def test_check_and_preview_say_what_they_looked_at(folder, tmp_path):
+    config = tmp_path / "config.py"
+    config.write_text("scale = 2\ndegradation = 'bicubic'\ngt_size = lambda cfg: 256 * cfg.scale\n")
+    code, text = run_cli("check", config, f"--dataroot_gt={folder}")
+    small = len(list_images(folder))
+    assert code == 0 and "val_gt" not in text, text
+    assert f"dataroot_gt: {small} images" in text
+    assert f"{small} images are smaller than gt_size=512" in text
+    assert "smaller" not in run_cli("check", config, f"--val_gt={folder}")[1]
+    code, text = run_cli("check", config)
+    assert code == 1 and "no problems" not in text
+    code, text = run_cli("check", config, f"--datarot_gt={folder}")
+    assert code == 1 and "--datarot_gt" in text and "dataroot_gt" in text and "Traceback" not in text
+    options = f"--dataroot_gt={folder}", "--gt_size=32", "--sigma=0,50.5", "--use_rot=False", "--scale=1"
+    code, text = run_cli("preview", tmp_path / "sheet.png", *options)
+    assert code == 0 and "sheet.png" in text, text
+
+
 def test_data_py_works_alone(tmp_path):
     (tmp_path / "data.py").write_text((ROOT / "data.py").read_text(encoding="utf-8"), encoding="utf-8")
     code = "import data; lq, gt = data.PairedImageDataset(gt_size=32)[0]"
@@ -697,5 +714,5 @@ def test_wrong_arguments_are_named(folder):
         ({"meta_info_file": folder / "absent.txt"}, r"absent\.txt"),
         ({"filename_tmpl": "x2"}, "filename_tmpl"),
     ):
-        with pytest.raises(ValueError, match=name):
+        with pytest.raises((ValueError, FileNotFoundError), match=name):
             PairedImageDataset(folder, **options)
