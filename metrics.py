@@ -57,16 +57,13 @@ def _planes(pred: Picture, target: Picture, crop_border: int, y: bool) -> tuple[
     return a, b, peak
 
 
-def _decibel(error: float, peak: int) -> float:
-    return 10 * math.log10(peak**2 / error) if error > 0 else math.inf
-
-
 def psnr(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False) -> float:
     """Peak signal-to-noise ratio in dB; inf for equal images. ValueError for other types, unequal shapes.
     pred, target: uint8, or both uint16 (peak 65535); (H, W, 3) RGB, (H, W, 1) or (H, W); numpy or torch.
     crop_border: pixels left out on each side. y: compare the luma of RGB; gray is compared as it is."""
     pred, target, peak = _planes(pred, target, crop_border, y)
-    return _decibel(np.mean((pred - target) ** 2), peak)
+    error = np.mean((pred - target) ** 2)
+    return 10 * math.log10(peak**2 / error) if error > 0 else math.inf
 
 
 def ssim(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False) -> float:
@@ -107,7 +104,7 @@ def psnrb(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False)
     excess = across / borders - (sum(i.sum(1) for i in steps) - across) / others
     blockiness = np.maximum(excess, 0) * math.log2(8) / math.log2(min(height, width))
     errors = np.mean((pred - target) ** 2, axis=(1, 2)) + blockiness
-    return sum(_decibel(error, peak) for error in errors) / len(errors)
+    return sum(10 * math.log10(peak**2 / e) if e > 0 else math.inf for e in errors) / len(errors)
 
 
 def _difference(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -117,15 +114,10 @@ def _difference(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return pred.to(torch.promote_types(pred.dtype, torch.float32)) - target
 
 
-def charbonnier(pred: torch.Tensor, target: torch.Tensor, eps: float = 1e-9) -> torch.Tensor:
-    """Mean of sqrt(d^2 + eps), an L1 that is smooth at 0; eps as in KAIR (BasicSR has 1e-12)."""
-    return (_difference(pred, target).square() + eps).sqrt().mean()
-
-
 LOSSES = {  # function(pred, target) -> scalar
     "l1": lambda pred, target: _difference(pred, target).abs().mean(),
     "mse": lambda pred, target: _difference(pred, target).square().mean(),
-    "charbonnier": charbonnier,
+    "charbonnier": lambda pred, target: (_difference(pred, target).square() + 1e-9).sqrt().mean(),  # as KAIR
 }
 
 # The layers of torchvision's vgg19().features in order: conv1_1, relu1_1, conv1_2, relu1_2, pool1, ..., pool5
@@ -197,12 +189,13 @@ class PerceptualLoss(nn.Module):
 
 def strip(lq: np.ndarray, out: np.ndarray, gt: np.ndarray, before: float, after: float) -> Image.Image:
     """Input, output, ground truth, each (H, W, C), side by side: their middle 320 pixels, and the PSNR."""
+    zoom = max(128 // min(gt.shape[:2]), 1)  # room for the words
     inside = tuple(slice(max(n - 320, 0) // 2, (n + min(n, 320)) // 2) for n in gt.shape[:2])
     row = np.hstack([(i[inside] // (np.iinfo(gt.dtype).max // 255)).astype(np.uint8) for i in (lq, out, gt)])
-    picture = Image.fromarray(row.squeeze())
+    picture = Image.fromarray(row.repeat(zoom, 0).repeat(zoom, 1).squeeze())
     draw = ImageDraw.Draw(picture)
     for i, text in enumerate((f"input {before:.2f} dB", f"output {after:.2f} dB", "ground truth")):
-        draw.text((4 + i * row.shape[1] // 3, 2), text, "white", stroke_width=1, stroke_fill="black")
+        draw.text((4 + i * picture.width // 3, 2), text, "white", stroke_width=1, stroke_fill="black")
     return picture
 
 
