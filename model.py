@@ -184,20 +184,20 @@ def body_conv(dim: int, resi_connection: str) -> nn.Module:
 
 
 class SwinIR(nn.Module):
-    """`upsampler`: '' (denoising, JPEG), 'pixelshuffle' (classical SR, upscale 3 or a power of 2 up to 16),
-    'pixelshuffledirect' (lightweight SR), 'nearest+conv' (real-world SR, upscale 2 or 4). `resi_connection`:
-    '1conv' or '3conv'. `img_size`, the training size (int or (H, W)), fixes only the mask in the state dict,
-    the size of the absolute position embedding (`ape`), and that windows not smaller aren't shifted.
+    """The authors' network. `upsampler`: '' (denoising, JPEG), 'pixelshuffle' (classical SR, upscale 3 or a
+    power of 2 up to 16), 'pixelshuffledirect' (lightweight SR), 'nearest+conv' (real-world SR, upscale 2, 4).
+    `resi_connection`: '1conv', '3conv'. `img_size`, the training size (int or (H, W)), fixes only the mask in
+    the state dict, the size of the position embedding (`ape`), and that windows not smaller aren't shifted.
     forward: (B, in_chans, H, W) in [0, 1], any H and W from 1 on, to (B, in_chans, H*upscale, W*upscale)."""
 
     def __init__(
         self, img_size=64, patch_size=1, in_chans=3, embed_dim=96, depths=(6, 6, 6, 6),
         num_heads=(6, 6, 6, 6), window_size=7, mlp_ratio=4.0, qkv_bias=True, qk_scale=None, drop_rate=0.0,
         attn_drop_rate=0.0, drop_path_rate=0.1, norm_layer=nn.LayerNorm, ape=False, patch_norm=True,
-        use_checkpoint=False, upscale=2, img_range=1.0, upsampler="", resi_connection="1conv",
+        use_checkpoint=False, upscale=2, img_range=1.0, upsampler="", resi_connection="1conv", init_std=0.02,
     ) -> None:  # fmt: skip
-        arguments = {k: v for k, v in locals().items() if k not in ("self", "norm_layer", "__class__")}
-        self.arguments = {k: list(v) if isinstance(v, tuple) else v for k, v in arguments.items()}
+        args = {k: v for k, v in locals().items() if k not in ("self", "norm_layer", "init_std", "__class__")}
+        self.arguments = {k: list(v) if isinstance(v, tuple) else v for k, v in args.items()}
         super().__init__()
         if len(depths) != len(num_heads) or any(embed_dim % h for h in num_heads):
             raise ValueError(f"num_heads {num_heads}: one for each of depths {depths}, dividing {embed_dim=}")
@@ -227,7 +227,7 @@ class SwinIR(nn.Module):
             self.layers.append(RSTB(blocks, body_conv(embed_dim, resi_connection), use_checkpoint))
         for name, p in self.layers.named_parameters():
             if re.search(r"(qkv|proj|fc\d)\.(weight|bias)$", name):
-                normal_(p) if p.ndim > 1 else nn.init.zeros_(p)
+                normal_(p, std=init_std) if p.ndim > 1 else nn.init.zeros_(p)
         self.norm, self.conv_after_body = norm_layer(embed_dim), body_conv(embed_dim, resi_connection)
         wide, direct = upsampler in ("pixelshuffle", "nearest+conv"), upsampler == "pixelshuffledirect"
         dim, c = (64, 64) if wide else (embed_dim, in_chans)  # reconstruction: what a head lacks is empty
@@ -413,7 +413,6 @@ def write_png(path: Path, pixels: np.ndarray) -> None:
     data = b"\x89PNG\r\n\x1a\n"
     for name, body in (b"IHDR", header), (b"IDAT", zlib.compress(np.insert(up, 0, 2, 1), 4)), (b"IEND", b""):
         data += len(body).to_bytes(4, "big") + name + body + zlib.crc32(name + body).to_bytes(4, "big")
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_bytes(data)
     temporary.replace(path)
@@ -478,6 +477,7 @@ def main() -> int | None:
     if any(out.resolve().is_relative_to(source.resolve()) for _, out in jobs):
         raise ValueError(f"{target}: the output must not lie in {source}, nor be it")
     for path, out in tqdm(jobs, unit="image"):
+        out.parent.mkdir(parents=True, exist_ok=True)
         try:
             with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.bf16):
                 write_png(out, restore_pixels(net, read(path), args.tile, args.overlap, args.ensemble))

@@ -70,6 +70,7 @@ class Config:
     resi_connection: Literal["1conv", "3conv"] = "1conv"
     img_range: float = 1.0
     drop_path_rate: float = 0.1  # stochastic depth
+    init_std: float = 0.02  # deviation of the initial weights of linear layers
     use_checkpoint: bool = False  # recompute activations: less memory, more time; on if a CPU needs it
     pretrain_network: str | None = None  # weights to start from: ours, official, BasicSR's or KAIR's
     param_key: str = "params_ema"  # which weights of that file
@@ -116,6 +117,7 @@ def coerce(value: Any, name: str, source: str) -> Any:
         with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             value = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
     value = tuple(value) if isinstance(value, list) else str(value) if isinstance(value, Path) else value
+    value = (value,) if kinds == {tuple} and type(value) in (int, float) else value
     value = float(value) if type(value) is int and float in kinds and abs(value) < 2**63 else value
     if type(value) not in kinds or (choices and value not in choices):
         wanted = " or ".join(map(repr, choices)) or inspect.formatannotation(hint)
@@ -277,7 +279,8 @@ def last_checkpoint(folder: Path) -> tuple[dict, dict]:
     return {"iter": 0, "best": {}, "config": vars(Config())}, {}
 
 
-def main(cfg: Config) -> None:
+def main(cfg: Config) -> int | str | None:
+    """Trains; returns what sys.exit takes: None or 0, 128 + the signal that stopped it, or a sentence."""
     rank, world, group = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), None
     device, amp, accumulate = hardware(cfg, world)
     cuda, cpu = device.type == "cuda", device.type == "cpu"
@@ -290,11 +293,6 @@ def main(cfg: Config) -> None:
         if world > 1:
             dist.all_reduce(x, op, group)
         return x
-
-    def leave(code: int | None) -> None:
-        if world > 1:
-            dist.destroy_process_group()
-        sys.exit(code)
 
     folder, _lock = open_folder(cfg) if rank == 0 else (Path("experiments") / cfg.name, None)
     reduced(torch.zeros(1))  # so all wait for the folder
@@ -391,9 +389,9 @@ def main(cfg: Config) -> None:
                 (folder / "training_states" / f"{old}.state").unlink()
 
     if cfg.eval_only:
-        return leave(validate(start))
+        return validate(start)
     if start >= cfg.total_iters:
-        return leave(log(f"finished after {start:,} iterations: raise --total_iters, or --resume=never"))
+        return log(f"finished after {start:,} iterations: raise --total_iters, or --resume=never")
     if rank == 0:
         write(folder / "config.json", json.dumps(vars(cfg), indent=1))
     asked = {"stop": 0}
@@ -421,7 +419,12 @@ def main(cfg: Config) -> None:
             lr = optimizer.param_groups[0]["lr"] = lr_at(it, cfg)
             total = 0.0
             for micro in range(accumulate):
-                lq, gt = next(batches)
+                try:
+                    lq, gt = next(batches)
+                except ValueError as error:  # a damaged image: the step is void, on all ranks, and the last
+                    if it == start + 1:
+                        raise
+                    lq, asked["stop"] = lq * math.nan, f"error: {error}; python data.py check finds them all"
                 model.require_backward_grad_sync = micro == accumulate - 1  # DDP's: the last sums over ranks
                 with autocast:
                     loss = LOSSES[cfg.loss](model(lq), gt) / accumulate
@@ -461,7 +464,7 @@ def main(cfg: Config) -> None:
                 sums[:4] = 0
                 since, batches.wait, seen = time.perf_counter(), 0.0, it
             paused = time.perf_counter()
-            wish = torch.tensor([asked.pop("save", 0), asked["stop"] > 0 or paused > end], dtype=torch.int32)
+            wish = torch.tensor([asked.pop("save", 0), asked["stop"] != 0 or paused > end], dtype=torch.int32)
             save_now, stop = reduced(wish, op=dist.ReduceOp.MAX).tolist()  # the ranks agree on the iteration
             if val_sets and cfg.val_freq and (it % cfg.val_freq == 0 or last) and not stop:
                 validate(it)
@@ -471,15 +474,18 @@ def main(cfg: Config) -> None:
             if stop:
                 log(f"stopped after iteration {it:,}, which is saved: the same command continues")
                 break
-    leave(asked["stop"])
+    return asked["stop"]
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save
     try:
-        main(load_config(sys.argv[1:]))
+        code = main(load_config(sys.argv[1:]))
     except (OSError, RuntimeError, ValueError) as error:  # what isn't a sentence keeps its traceback
         own = type(error) is ValueError and Path(inspect.trace()[-1].filename).parent == Path(__file__).parent
         if not (own or isinstance(error, OSError) or "DataLoader worker" in str(error)):
             raise
         sys.exit(f"error: {error}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)

@@ -14,6 +14,8 @@ import torch
 from test_train import ENV, ROOT, SMALL, events, photos, train
 from torch.utils._pytree import tree_flatten
 
+from data import PairedImageDataset
+
 resource = pytest.importorskip("resource")  # signals, limits and /proc are of Linux
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 FOLDER = Path("experiments/denoise_color25")
@@ -182,3 +184,22 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_on_all(tmp_path):
     assert {int(s["step"]) for s in state["optimizer"]["state"].values()} == {3}
     network = torch.load(tmp_path / FOLDER / "models/net_g_6.pth", weights_only=True)
     assert all(x.isfinite().all() for key in ("params", "params_ema") for x in network[key].values())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_damaged_image_ends_the_run_after_what_came_before_is_saved(tmp_path, ranks):
+    gt = photos(tmp_path / "gt", 8)
+    dataset = PairedImageDataset(gt, gt_size=16)
+    dataset[0]  # draws the order of the first epoch
+    name = gt / f"{dataset.order[5]}.png"  # of the second iteration
+    good = name.read_bytes()
+    name.write_bytes(good[:-300])
+    code, text = train(tmp_path, "--dataroot_gt=gt", ranks=ranks)
+    assert code != 0 and "data.py check" in text and name.name in text, text
+    assert states(tmp_path) == [2]
+    weights = torch.load(tmp_path / FOLDER / "models/net_g_2.pth", weights_only=True)["params"]
+    assert all(x.isfinite().all() for x in weights.values())
+    name.write_bytes(good)
+    code, text = train(tmp_path, "--dataroot_gt=gt", ranks=ranks)
+    assert code == 0 and states(tmp_path)[-1] == 6, text
+    assert [e["skipped"] for e in events(tmp_path)] == [1, 0, 0]

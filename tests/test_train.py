@@ -81,6 +81,7 @@ def run(tmp_path_factory):
         (["--use-rot=false"], "use_rot", False),
         (["--sigma=0,50"], "sigma", (0, 50)),
         (["--val_gt=a,b"], "val_gt", ("a", "b")),
+        (["--milestones=5"], "milestones", (5,)),
     ],
 )
 def test_options_are_read_in_their_type(args, name, value):
@@ -186,7 +187,7 @@ def test_a_run_writes_what_the_blueprint_says(run):
     assert vals[1]["best_psnr"] == max(e["psnr"] for e in vals)
     assert 19 < vals[0]["input_psnr"] < 22  # sigma 25: 20.2 dB, a little more where pixels clip
     strip = Image.open(folder / "visualization" / "gt" / "0_6.png")
-    assert strip.size == (3 * 40, 40)
+    assert strip.size == (3 * 120, 120)  # three times as large, so that the words fit
 
 
 def test_validation_equals_the_metrics_of_the_saved_network(run):
