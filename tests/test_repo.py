@@ -73,8 +73,8 @@ def newcomer(tmp_path):
     for name in (*FILES, "configs"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
-    for folder in ("photos", "testset", "DIV2K", "Flickr2K", "high", "originals", "low"):
-        photos(tmp_path / folder, size=10 if folder == "low" else 40)
+    for folder in "photos testset DIV2K Flickr2K high low val_high val_low originals".split():
+        photos(tmp_path / folder, size=10 if "low" in folder else 40)
     shutil.copy(tmp_path / "photos/0.png", tmp_path / "photo.jpg")
     random_vgg(tmp_path / "experiments/pretrained_models/vgg19-dcbb9e9d.pth")
     return tmp_path
