@@ -5,7 +5,7 @@
 name = "tiny"
 gt_size, batch_size, num_workers = 40, 4, 0
 embed_dim, depths, num_heads, window_size, mlp_ratio = 48, (2, 2, 2), (1, 1, 1), 8, 2
-resi_connection, drop_path_rate = "3conv", 0.0
-total_iters, lr, betas, loss = 4200, 3e-3, (0.9, 0.99), "mse"
+resi_connection, drop_path_rate, init_std = "3conv", 0.0, 0.1
+total_iters, lr, betas, loss = 4200, 1.5e-3, (0.9, 0.99), "mse"
 scheduler, warmup_iters, grad_clip = "cosine", 100, 0.05
 print_freq, val_freq, save_checkpoint_freq = 300, 4200, 1050
