@@ -1,7 +1,7 @@
 """Everything between the disk and the training step: read, pair, degrade, crop, pack and prefetch images.
 
     python data.py pack DIV2K_HR div2k.npy                # decode a folder once, into one memory-mapped file
-    python data.py check configs/denoise.py               # or: check GT [LQ] --scale=2 --filename_tmpl={}x2
+    python data.py check GT [LQ] --scale=2                # or: check configs/jpeg.py --dataroot_gt=GT
     python data.py preview configs/denoise.py sheet.png   # training pairs, as the network will see them
 
 Images are arrays (H, W, C), RGB or gray, uint8 or uint16. Sample n is a pure function of (seed, n).
@@ -159,12 +159,11 @@ class ImageFolder:
 
     def __getitem__(self, i: int, rows: int | None = None) -> np.ndarray:
         """Image i. Where only the first `rows` are needed, the others may be black: they aren't decoded."""
-        if i not in self.cache:
-            size, path = math.prod(self.shapes[i]) * self.depths[i], f"{self.root}/{self.names[i]}"
-            if self.cached + size > self.cache_gb * 1e9 / getattr(get_worker_info(), "num_workers", 1):
-                return read_image(path, rows=rows)
+        size, path = math.prod(self.shapes[i]) * self.depths[i], f"{self.root}/{self.names[i]}"
+        limit = self.cache_gb * 1e9 / getattr(get_worker_info(), "num_workers", 1)
+        if i not in self.cache and self.cached + size <= limit:
             self.cache[i], self.cached = read_image(path), self.cached + size  # for good: epochs are shuffled
-        return self.cache[i]
+        return self.cache[i] if i in self.cache else read_image(path, rows=rows)
 
 
 class PackedImages:
@@ -460,22 +459,23 @@ class Prefetcher:
 
 
 def main(command: str = "", *arguments: str) -> None:
-    names, paths = inspect.signature(PairedImageDataset).parameters, [a for a in arguments if a[:2] != "--"]
+    names = {k: v.default for k, v in inspect.signature(PairedImageDataset).parameters.items()}
+    paths = [a for a in arguments if a[:2] != "--"]
     options = runpy.run_path(paths.pop(0)) if paths and paths[0].endswith(".py") else {}
     for key, _, text in (a[2:].partition("=") for a in arguments if a[:2] == "--"):
         need(key in (*names, "val_gt", "val_lq"), f"--{key} is none of {', '.join(names)}, val_gt, val_lq")
-        number = key in names and isinstance(names[key].default, int | float)
-        options[key] = ast.literal_eval(text) if number else text
+        options[key] = ast.literal_eval(text) if isinstance(names.get(key), int | float) else text
     options |= zip(("dataroot_gt", "dataroot_lq"), paths, strict=False) if command == "check" else {}
-    known = {k: v(type("cfg", (), options)) if callable(v) else v for k, v in options.items() if k in names}
+    cfg = names | options
+    known = {k: v(type("cfg", (), cfg)) if callable(v := cfg[k]) else v for k in names}
     if command == "pack" and len(paths) == 2:
         pack(*paths)
-    elif command == "check" and options.keys() & {"dataroot_gt", "val_gt"}:  # decode all
-        count, shared = 0, ("scale", "filename_tmpl", "meta_info_file", "gt_size")
-        for gt, lq, n in ("dataroot_gt", "dataroot_lq", 4), ("val_gt", "val_lq", 2):
-            if gt in options:
-                how = {k: known[k] for k in shared[:n] if k in known}
-                groups, _, problems, notices = open_pairs(options[gt], options.get(lq), whole=True, **how)
+    elif command == "check" and (options.get("dataroot_gt") or options.get("val_gt")):  # decode all
+        count = 0
+        for gt, lq, *own in ("dataroot_gt", "dataroot_lq", "meta_info_file", "gt_size"), ("val_gt", "val_lq"):
+            if root := known.get(gt, options.get(gt)):
+                how = {k: known[k] for k in ("scale", "filename_tmpl", *own)}
+                groups, _, problems, notices = open_pairs(root, options.get(lq), whole=True, **how)
                 print(f"{gt}: {sum(map(len, groups))} images or pairs", *notices, *problems, sep="\n")
                 count += len(problems)
         sys.exit(f"{count} problems" if count else print("no problems"))
@@ -492,5 +492,5 @@ def main(command: str = "", *arguments: str) -> None:
 if __name__ == "__main__":
     try:
         main(*sys.argv[1:])
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SyntaxError) as error:
         sys.exit(f"error: {error}")

@@ -62,8 +62,7 @@ def psnr(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False) 
     pred, target: uint8, or both uint16 (peak 65535); (H, W, 3) RGB, (H, W, 1) or (H, W); numpy or torch.
     crop_border: pixels left out on each side. y: compare the luma of RGB; gray is compared as it is."""
     pred, target, peak = _planes(pred, target, crop_border, y)
-    error = np.mean((pred - target) ** 2)
-    return 10 * math.log10(peak**2 / error) if error > 0 else math.inf
+    return 10 * math.log10(peak**2 / e) if (e := np.mean((pred - target) ** 2)) > 0 else math.inf
 
 
 def ssim(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False) -> float:
@@ -188,11 +187,10 @@ class PerceptualLoss(nn.Module):
 
 
 def strip(lq: np.ndarray, out: np.ndarray, gt: np.ndarray, before: float, after: float) -> Image.Image:
-    """Input, output, ground truth, each (H, W, C), side by side: their middle 320 pixels, and the PSNR."""
-    zoom = max(128 // min(gt.shape[:2]), 1)  # room for the words
+    """Input, output, ground truth, (H, W, C) each, and PSNR: their middle 320 pixels; small ones enlarged."""
     inside = tuple(slice(max(n - 320, 0) // 2, (n + min(n, 320)) // 2) for n in gt.shape[:2])
     row = np.hstack([(i[inside] // (np.iinfo(gt.dtype).max // 255)).astype(np.uint8) for i in (lq, out, gt)])
-    picture = Image.fromarray(row.repeat(zoom, 0).repeat(zoom, 1).squeeze())
+    picture = ImageOps.scale(Image.fromarray(row.squeeze()), max(128 // min(gt.shape[:2]), 1), Image.NEAREST)
     draw = ImageDraw.Draw(picture)
     for i, text in enumerate((f"input {before:.2f} dB", f"output {after:.2f} dB", "ground truth")):
         draw.text((4 + i * picture.width // 3, 2), text, "white", stroke_width=1, stroke_fill="black")

@@ -117,7 +117,7 @@ def coerce(value: Any, name: str, source: str) -> Any:
         with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             value = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
     value = tuple(value) if isinstance(value, list) else str(value) if isinstance(value, Path) else value
-    value = (value,) if kinds == {tuple} and type(value) in (int, float) else value
+    value = (value,) if kinds <= {tuple, type(None)} and type(value) in (int, float) else value
     value = float(value) if type(value) is int and float in kinds and abs(value) < 2**63 else value
     if type(value) not in kinds or (choices and value not in choices):
         wanted = " or ".join(map(repr, choices)) or inspect.formatannotation(hint)
@@ -279,8 +279,8 @@ def last_checkpoint(folder: Path) -> tuple[dict, dict]:
     return {"iter": 0, "best": {}, "config": vars(Config())}, {}
 
 
-def main(cfg: Config) -> int | str | None:
-    """Trains; returns what sys.exit takes: None or 0, 128 + the signal that stopped it, or a sentence."""
+def main(cfg: Config) -> int | None:
+    """Trains; returns the exit code: None or 0, 1 for a damaged image, 128 + the signal that stopped it."""
     rank, world, group = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), None
     device, amp, accumulate = hardware(cfg, world)
     cuda, cpu = device.type == "cuda", device.type == "cpu"
@@ -329,7 +329,7 @@ def main(cfg: Config) -> int | str | None:
     if cfg.compile == "on" or (cfg.compile == "auto" and cuda and sys.platform == "linux"):
         for layer in net.layers:  # in place: no prefix in the state dict; alike: one compilation serves all
             layer.compile()
-    ddp = torch.nn.parallel.DistributedDataParallel
+    ddp = torch.nn.parallel.DistributedDataParallel  # whose option has two names, by version
     sync = {"forward_sync_buffers", "broadcast_buffers"} & {*inspect.signature(ddp).parameters}
     model = ddp(net, [device.index] if cuda else None, **{max(sync): False}) if world > 1 else net
     work = f"{device}, {amp}, {world} rank(s) x {accumulate} micro-batch(es)"
@@ -394,14 +394,14 @@ def main(cfg: Config) -> int | str | None:
         return log(f"finished after {start:,} iterations: raise --total_iters, or --resume=never")
     if rank == 0:
         write(folder / "config.json", json.dumps(vars(cfg), indent=1))
-    asked = {"stop": 0}
+    asked = {"code": 0}
     end = time.perf_counter() + 3600 * (math.inf if cfg.max_hours is None else cfg.max_hours)
 
     def hear(number: int, frame: Any) -> None:
         asked["save"] = True
         if number in (signal.SIGINT, signal.SIGTERM):
-            asked["stop"] = 128 + number
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once; SIGTERM may come from Slurm and torchrun
+            asked["code"] = 128 + number
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once; not SIGTERM, of which Slurm sends several
             os.write(2, b"\nstopping after this iteration, to save it; Ctrl-C again stops at once\n")
 
     for name in {"SIGINT", "SIGTERM", "SIGUSR1"} & set(dir(signal)):
@@ -414,17 +414,23 @@ def main(cfg: Config) -> int | str | None:
     with tqdm(**bar) as bar, Prefetcher(loader, device) as batches:
         since, seen = time.perf_counter(), start
         for it in range(start + 1, cfg.total_iters + 1):
+            try:
+                pairs = [next(batches) for _ in range(accumulate)]
+            except ValueError as error:  # a damaged image
+                asked["code"] = max(asked["code"], 1)
+                (log if rank == 0 else print)(f"error: {error}")
+            wish = torch.tensor([asked.pop("save", 0), time.perf_counter() > end, asked["code"]])
+            save_now, late, code = reduced(wish, op=dist.ReduceOp.MAX).tolist()  # the same on all ranks
+            if it > start + 1 and (save_now or late or code):
+                save(it - 1)
+            if code or (late and it > start + 1):
+                log(f"stopped after iteration {it - 1:,}: the same command continues")
+                break
             # The step. DropPath draws from (seed, iteration, rank).
             torch.manual_seed((cfg.seed * 1_000_003 + it) * 4099 + rank)
             lr = optimizer.param_groups[0]["lr"] = lr_at(it, cfg)
             total = 0.0
-            for micro in range(accumulate):
-                try:
-                    lq, gt = next(batches)
-                except ValueError as error:  # a damaged image: the step is void, on all ranks, and the last
-                    if it == start + 1:
-                        raise
-                    lq, asked["stop"] = lq * math.nan, f"error: {error}; python data.py check finds them all"
+            for micro, (lq, gt) in enumerate(pairs):
                 model.require_backward_grad_sync = micro == accumulate - 1  # DDP's: the last sums over ranks
                 with autocast:
                     loss = LOSSES[cfg.loss](model(lq), gt) / accumulate
@@ -464,17 +470,13 @@ def main(cfg: Config) -> int | str | None:
                 sums[:4] = 0
                 since, batches.wait, seen = time.perf_counter(), 0.0, it
             paused = time.perf_counter()
-            wish = torch.tensor([asked.pop("save", 0), asked["stop"] != 0 or paused > end], dtype=torch.int32)
-            save_now, stop = reduced(wish, op=dist.ReduceOp.MAX).tolist()  # the ranks agree on the iteration
-            if val_sets and cfg.val_freq and (it % cfg.val_freq == 0 or last) and not stop:
+            if val_sets and cfg.val_freq and (it % cfg.val_freq == 0 or last):
                 validate(it)
-            if save_now or stop or it % cfg.save_checkpoint_freq == 0 or last:
+            if it % cfg.save_checkpoint_freq == 0 or last:
                 save(it)
             since += time.perf_counter() - paused
-            if stop:
-                log(f"stopped after iteration {it:,}, which is saved: the same command continues")
-                break
-    return asked["stop"]
+    reduced(torch.zeros(1))  # so all wait for the files
+    return code
 
 
 if __name__ == "__main__":

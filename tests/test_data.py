@@ -624,7 +624,7 @@ def test_leaving_the_prefetcher_stops_thread_and_workers(folder):
     loader = train_loader(PairedImageDataset(folder, gt_size=32), SampleNumbers(2), 2)
     with Prefetcher(loader, "cpu") as prefetcher:
         next(prefetcher)
-        assert prefetcher.wait >= 0
+        assert prefetcher.wait > 0
         workers = prefetcher.batches._workers
     assert prefetcher.thread._shutdown and not any(worker.is_alive() for worker in workers)
 
@@ -687,12 +687,17 @@ def test_check_and_preview_say_what_they_looked_at(folder, tmp_path):
     assert f"{small} images are smaller than gt_size=512" in text
     assert "smaller" not in run_cli("check", config, f"--val_gt={folder}")[1]
     code, text = run_cli("check", config)
-    assert code == 1 and "no problems" not in text
+    assert code == 1 and "not understood" in text and "Traceback" not in text
     code, text = run_cli("check", config, f"--datarot_gt={folder}")
     assert code == 1 and "--datarot_gt" in text and "dataroot_gt" in text and "Traceback" not in text
-    options = f"--dataroot_gt={folder}", "--gt_size=32", "--sigma=0,50.5", "--use_rot=False", "--scale=1"
+    options = f"--dataroot_gt={folder}", "--gt_size=32", "--sigma=0,50.5", "--use_rot=False"
     code, text = run_cli("preview", tmp_path / "sheet.png", *options)
     assert code == 0 and "sheet.png" in text, text
+    config.write_text("gt_size = lambda cfg: 16 * cfg.scale\n")  # of Config's default
+    assert run_cli("preview", config, tmp_path / "sheet.png", f"--dataroot_gt={folder}")[0] == 0
+    assert Image.open(tmp_path / "sheet.png").size == (8 * 16, 2 * 16)
+    code, text = run_cli("check", folder, "--scale=2x")
+    assert code == 1 and text.startswith("error: ") and "Traceback" not in text
 
 
 def test_data_py_works_alone(tmp_path):

@@ -615,3 +615,13 @@ def test_onnx_without_its_packages_is_said(monkeypatch, tmp_path):
         model.export_onnx(identity(), tmp_path / "net.onnx")
     except RuntimeError as e:  # newer versions of torch need no onnx here
         assert "onnx" in str(e)
+
+
+def test_init_std_sets_the_linear_layers_first_weights_and_stays_out_of_files():
+    torch.manual_seed(0)
+    plain, wide = SwinIR(embed_dim=60, window_size=8), SwinIR(embed_dim=60, window_size=8, init_std=0.1)
+    for net, std in ((plain, 0.02), (wide, 0.1)):
+        weights = [m.weight for m in net.modules() if isinstance(m, torch.nn.Linear)]
+        assert torch.cat([w.flatten() for w in weights]).std().item() == pytest.approx(std, rel=0.01)
+        assert net.layers[0].residual_group["blocks"][0].attn.relative_position_bias_table.std() < 0.03
+    assert plain.arguments == wide.arguments
