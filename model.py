@@ -186,9 +186,9 @@ def body_conv(dim: int, resi_connection: str) -> nn.Module:
 class SwinIR(nn.Module):
     """The authors' network. `upsampler`: '' (denoising, JPEG), 'pixelshuffle' (classical SR, upscale 3 or a
     power of 2 up to 16), 'pixelshuffledirect' (lightweight SR), 'nearest+conv' (real-world SR, upscale 2, 4).
-    `resi_connection`: '1conv', '3conv'. `img_size`, the training size (int or (H, W)), fixes only the mask in
-    the state dict, the size of the position embedding (`ape`), and that windows not smaller aren't shifted.
-    forward: (B, in_chans, H, W) in [0, 1], any H and W from 1 on, to (B, in_chans, H*upscale, W*upscale)."""
+    `resi_connection`: '1conv', '3conv'. `img_size`, of training, fixes only the mask in the state dict, the
+    size of the position embedding (`ape`), and that windows not smaller aren't shifted. `init_std`: deviation
+    of linear weights at first. forward: (B, in_chans, H, W) in [0, 1], any size, to H*upscale, W*upscale."""
 
     def __init__(
         self, img_size=64, patch_size=1, in_chans=3, embed_dim=96, depths=(6, 6, 6, 6),
