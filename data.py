@@ -453,7 +453,7 @@ class Prefetcher:
 
     def __exit__(self, *_) -> None:
         self.thread.shutdown(cancel_futures=True)
-        self.batches = None  # the last reference to the loader's iterator, with which its workers end
+        getattr(self.batches, "_shutdown_workers", int)()  # after an error its traceback holds the iterator
 
     __enter__ = __iter__ = lambda self: self
 

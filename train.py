@@ -418,7 +418,7 @@ def main(cfg: Config) -> int | None:
                 pairs = [next(batches) for _ in range(accumulate)]
             except ValueError as error:  # a damaged image
                 asked["code"] = max(asked["code"], 1)
-                (log if rank == 0 else print)(f"error: {error}")
+                (log if rank == 0 else print)(f"error: {error}; mend or remove it")
             wish = torch.tensor([asked.pop("save", 0), time.perf_counter() > end, asked["code"]])
             save_now, late, code = reduced(wish, op=dist.ReduceOp.MAX).tolist()  # the same on all ranks
             if it > start + 1 and (save_now or late or code):

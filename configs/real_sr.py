@@ -7,9 +7,9 @@
 # --num_heads=8,8,8,8,8,8,8,8,8 --resi_connection=3conv. Published without PSNR. Not trained here.
 name = lambda cfg: f"real_sr_x{cfg.scale}"
 scale, degradation = 4, "bicubic"
-gt_size, batch_size = 256, 32
+gt_size, batch_size = lambda cfg: 64 * cfg.scale, 32
 embed_dim, depths, num_heads, window_size, mlp_ratio = 180, (6,) * 6, (6,) * 6, 8, 2
 upsampler, loss = "nearest+conv", "l1"
 lr, total_iters = 2e-4, 1_000_000
 milestones, gamma = (500_000, 800_000, 900_000, 950_000), 0.5
-crop_border = 4
+crop_border = lambda cfg: cfg.scale

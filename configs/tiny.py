@@ -1,7 +1,7 @@
 # A small colour denoiser (Gaussian noise, sigma 25) for a laptop: minutes on two CPU cores, no data needed.
 #
-#   python train.py configs/tiny.py                                          # on synthetic images
-#   python train.py configs/tiny.py --dataroot_gt=BSD400 --val_gt=CBSD68     # on photographs
+#   python train.py configs/tiny.py                                                      # synthetic images
+#   python train.py configs/tiny.py --name=photos --dataroot_gt=BSD400 --val_gt=CBSD68   # photographs
 name = "tiny"
 gt_size, batch_size, num_workers = 40, 4, 0
 embed_dim, depths, num_heads, window_size, mlp_ratio = 48, (2, 2, 2), (1, 1, 1), 8, 2
