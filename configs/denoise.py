@@ -4,7 +4,7 @@
 #
 # They trained sigma 25 and 50 from 15: --sigma=50 --pretrain_network=FILE, which halves the iterations and
 # the lr. Published on CBSD68 (PSNR, RGB, border 0): sigma 15 34.42, 25 31.78, 50 28.56 dB. Not trained here.
-# Measured: 26 s a step on two CPU cores (bfloat16), so 480 days: for GPUs, on which it was not run.
+# Measured: 26 to 37 s a step on two CPU cores (bfloat16), 480 days or more: for GPUs; not run on one.
 name = lambda cfg: f"denoise_color{cfg.sigma}".replace(".0", "")
 degradation, sigma = "noise", 25
 gt_size, batch_size = 128, 8

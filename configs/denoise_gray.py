@@ -4,7 +4,7 @@
 #
 # They trained sigma 25 and 50 from 15: --sigma=50 --pretrain_network=FILE, which halves the iterations and
 # the lr. Published on Set12 (PSNR, gray, border 0): sigma 15 33.36, 25 31.01, 50 27.91 dB. Not trained here.
-# Measured in colour: 26 s a step on two CPU cores (bfloat16), or 480 days: for GPUs; not run on one.
+# Measured: 36 s a step on two CPU cores (bfloat16), so 670 days: for GPUs, on which it was not run.
 name = lambda cfg: f"denoise_gray{cfg.sigma}".replace(".0", "")
 degradation, sigma, in_chans = "noise", 25, 1
 gt_size, batch_size = 128, 8

@@ -5,7 +5,7 @@
 # They trained x3 and x4 from x2: --scale=4 --pretrain_network=FILE --strict_load=False, which halves the
 # iterations and the lr. Published on Set5 (Y, border = scale): x2 38.14, x3 34.62, x4 32.44 dB. Low-
 # resolution images are made by MATLAB's imresize unless dataroot_lq names them. Not trained here.
-# Measured: 12 s a step on two CPU cores (bfloat16), so 70 days: for GPUs, on which it was not run.
+# Measured: 12 to 18 s a step on two CPU cores (bfloat16), 70 days or more: for GPUs; not run on one.
 name = lambda cfg: f"lightweight_sr_x{cfg.scale}"
 scale, degradation = 2, "bicubic"
 gt_size, batch_size = lambda cfg: 64 * cfg.scale, 64

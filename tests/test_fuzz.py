@@ -33,6 +33,7 @@ def valid_images(folder):
     """Small files of both depths, gray, colour, with alpha and palettes, turned by EXIF, compressed."""
     rng, exif = np.random.default_rng(0), Image.Exif()
     exif[0x0112] = 6
+    folder.mkdir(exist_ok=True)
     for c in (1, 2, 3, 4, 11, 12, 13, 14):
         pixels = rng.integers(0, 65536, (9, 13, c % 10), np.uint16)
         model.write_png(folder / f"{c}.png", pixels if c > 10 else pixels.astype(np.uint8))

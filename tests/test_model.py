@@ -43,6 +43,11 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+def write(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_png(path, pixels)
+
+
 def golden_network(path, **overrides):
     z = np.load(path)
     net = SwinIR(**json.loads(str(z["config"])) | overrides)
@@ -446,7 +451,7 @@ def pictures(folder):
     for c in (1, 2, 3, 4):
         for dtype in (np.uint8, np.uint16):
             pixels = rng.integers(0, np.iinfo(dtype).max, (13, 21, c), dtype, endpoint=True)
-            write_png(folder / f"{c}x{dtype.__name__}.png", pixels)
+            write(folder / f"{c}x{dtype.__name__}.png", pixels)
             want[f"{c}x{dtype.__name__}.png"] = pixels
     rgb = Image.fromarray(want["3xuint8.png"])
     for name, im, options in (
@@ -516,7 +521,7 @@ def test_alpha_is_resized(tmp_path):
 
 def test_one_file_alone_in_a_folder(tmp_path):
     shutil.copy(model.__file__, tmp_path)
-    write_png(tmp_path / "a.png", np.full((9, 9, 3), 7, np.uint8))
+    write(tmp_path / "a.png", np.full((9, 9, 3), 7, np.uint8))
     saved(tmp_path / "net.pth", identity())
     command = [
         sys.executable,
@@ -543,9 +548,9 @@ def bomb(path):
 
 def test_broken_images_are_named_and_the_rest_goes_on(tmp_path):
     folder = tmp_path / "in"
-    write_png(folder / "a" / "good.png", np.full((9, 9, 3), 7, np.uint8))
+    write(folder / "a" / "good.png", np.full((9, 9, 3), 7, np.uint8))
     Image.new("L", (5, 4), 9).save(folder / "a" / "good.bmp")
-    write_png(folder / ".hidden" / "h.png", np.zeros((2, 2, 1), np.uint8))
+    write(folder / ".hidden" / "h.png", np.zeros((2, 2, 1), np.uint8))
     bomb(folder / "bomb.png")
     (folder / "x.png").mkdir()
     (folder / "zero.jpg").write_bytes(b"")
@@ -563,7 +568,7 @@ def test_broken_images_are_named_and_the_rest_goes_on(tmp_path):
 
 def test_a_users_mistakes_are_said_in_a_sentence(tmp_path):
     net, image = saved(tmp_path / "net.pth", identity()), tmp_path / "a" / "a.png"
-    write_png(image, np.zeros((9, 9, 3), np.uint8))
+    write(image, np.zeros((9, 9, 3), np.uint8))
     before = image.read_bytes()
     (tmp_path / "empty").mkdir()
     for arguments, said in (
