@@ -275,6 +275,7 @@ def open_pairs(gts, lqs, scale=1, filename_tmpl="{}", meta_info_file=None, cache
     gts, lqs = (str(r).split(",") if isinstance(r, str | Path) else list(r or ()) for r in (gts, lqs))
     need(len(lqs) in (0, len(gts)), "give one dataroot_lq for each dataroot_gt")
     need("{}" in filename_tmpl, f"filename_tmpl={filename_tmpl}: it must be like {{}}x2")
+    need(not meta_info_file or Path(meta_info_file).is_file(), f"meta_info_file={meta_info_file} is missing")
     lines = Path(meta_info_file).read_text("utf-8").splitlines() if meta_info_file else []
     listed = {line.rsplit(" (", 1)[0].strip() for line in lines} - {""}  # a line: name.png (h,w,c)
     roots, n, groups = gts + lqs, len(gts), []
@@ -461,13 +462,12 @@ class Prefetcher:
 def main(command: str = "", *arguments: str) -> None:
     names = {k: v.default for k, v in inspect.signature(PairedImageDataset).parameters.items()}
     paths = [a for a in arguments if a[:2] != "--"]
-    options = runpy.run_path(paths.pop(0)) if paths and paths[0].endswith(".py") else {}
+    options = names | (runpy.run_path(paths.pop(0)) if paths and paths[0].endswith(".py") else {})
     for key, _, text in (a[2:].partition("=") for a in arguments if a[:2] == "--"):
         need(key in (*names, "val_gt", "val_lq"), f"--{key} is none of {', '.join(names)}, val_gt, val_lq")
         options[key] = ast.literal_eval(text) if isinstance(names.get(key), int | float) else text
     options |= zip(("dataroot_gt", "dataroot_lq"), paths, strict=False) if command == "check" else {}
-    cfg = names | options
-    known = {k: v(type("cfg", (), cfg)) if callable(v := cfg[k]) else v for k in names}
+    known = {k: v(type("cfg", (), options)) if callable(v := options[k]) else v for k in names}
     if command == "pack" and len(paths) == 2:
         pack(*paths)
     elif command == "check" and (options.get("dataroot_gt") or options.get("val_gt")):  # decode all

@@ -424,7 +424,7 @@ def main(cfg: Config) -> int | None:
             if it > start + 1 and (save_now or late or code):
                 save(it - 1)
             if code or (late and it > start + 1):
-                log(f"stopped after iteration {it - 1:,}: the same command continues")
+                log(f"stopped after iteration {it - 1:,}, which is saved: the same command continues")
                 break
             # The step. DropPath draws from (seed, iteration, rank).
             torch.manual_seed((cfg.seed * 1_000_003 + it) * 4099 + rank)
