@@ -42,7 +42,7 @@ def list_images(root: str | Path) -> list[Path]:
         subfolders[:] = sorted(inner[real] for real in inner.keys() - entered)
         entered |= inner.keys()
         paths += [Path(folder, f) for f in files if f[0] != "." and Path(f).suffix.lower() in kinds]
-    need(paths, f"{root} is neither a folder with images nor a packed file")
+    need(paths, f"{root} " + ("has no images" if os.path.isdir(root) else "is not there"))
     return sorted(paths)
 
 
@@ -274,7 +274,7 @@ def open_pairs(gts, lqs, scale=1, filename_tmpl="{}", meta_info_file=None, cache
     and, unless lq is None, lq[j]; of both h x w LQ pixels are used, aligned top left as in BasicSR."""
     gts, lqs = (str(r).split(",") if isinstance(r, str | Path) else list(r or ()) for r in (gts, lqs))
     need(len(lqs) in (0, len(gts)), "give one dataroot_lq for each dataroot_gt")
-    need("{}" in filename_tmpl, f"filename_tmpl={filename_tmpl}: it must be like {{}}x2")
+    need("{}" in filename_tmpl and scale > 0, f"{filename_tmpl=} must be like {{}}x2, {scale=} positive")
     need(not meta_info_file or Path(meta_info_file).is_file(), f"meta_info_file={meta_info_file} is missing")
     lines = Path(meta_info_file).read_text("utf-8").splitlines() if meta_info_file else []
     listed = {line.rsplit(" (", 1)[0].strip() for line in lines} - {""}  # a line: name.png (h,w,c)
@@ -295,7 +295,7 @@ def open_pairs(gts, lqs, scale=1, filename_tmpl="{}", meta_info_file=None, cache
                 continue
             lh, lw = lq.shapes[j][:2] if lqs else (h // scale, w // scale)
             if max(abs(lh * scale - h), abs(lw * scale - w)) >= scale:
-                sizes = f"{lh}x{lw}, not 1/{scale} of {h}x{w}"
+                sizes = f"{lh}x{lw}, not {h}x{w} / scale, which is {scale}"
                 problems.append(f"{lq.root}/{lq.names[j]} and {gt.root}/{name} do not match: {sizes}")
             groups[-1].append((gt, i, lq if lqs else None, j, min(h // scale, lh), min(w // scale, lw)))
         unused = () if meta_info_file else set(by_name.values()) - {pair[3] for pair in groups[-1]}
@@ -318,7 +318,7 @@ class PairedImageDataset(Dataset):
     ):  # fmt: skip
         vars(self).update({k: v for k, v in locals().items() if k != "self"})
         need(in_chans in (1, 3), f"in_chans={in_chans} is neither 1 nor 3")
-        need(gt_size % scale == 0, f"gt_size={gt_size} is no multiple of scale={scale}")
+        need(scale > 0 == gt_size % scale, f"gt_size={gt_size} is no multiple of scale={scale}")
         for name, value in (("sigma", sigma), ("quality", quality)):
             low, high = value if np.ndim(value) else (value, value)
             need(0 <= low <= high, f"{name}={value} is neither a number nor a range (low, high)")
@@ -326,7 +326,7 @@ class PairedImageDataset(Dataset):
         need(self.margin is not None, f"degradation={degradation}: not one of {', '.join(DEGRADATIONS)}")
         found = dataroot_gt, dataroot_lq, scale, filename_tmpl, meta_info_file, cache_gb, whole, gt_size
         self.groups, sources, problems, self.notices = open_pairs(*found)
-        need(not problems, "; ".join([*problems[:5], f"{len(problems)} in all: see python data.py check"]))
+        need(not problems, "; ".join([*problems[:5], f"python data.py check lists all {len(problems)}"]))
         need(all(self.groups), f"{meta_info_file} lists no image of one of the roots")
         fine = len(dataset_weights or self.groups) == len(self.groups) and min(dataset_weights or [1]) > 0
         need(fine, f"dataset_weights={dataset_weights}: give a positive one for each root")
@@ -465,7 +465,9 @@ def main(command: str = "", *arguments: str) -> None:
     options = names | (runpy.run_path(paths.pop(0)) if paths and paths[0].endswith(".py") else {})
     for key, _, text in (a[2:].partition("=") for a in arguments if a[:2] == "--"):
         need(key in (*names, "val_gt", "val_lq"), f"--{key} is none of {', '.join(names)}, val_gt, val_lq")
-        options[key] = ast.literal_eval(text) if isinstance(names.get(key), int | float) else text
+        number = key == "dataset_weights" or isinstance(names.get(key), int | float)
+        need(not number or text[:1].isdigit() or text in ("True", "False"), f"--{key}={text} is no number")
+        options[key] = ast.literal_eval(text) if number else text
     options |= zip(("dataroot_gt", "dataroot_lq"), paths, strict=False) if command == "check" else {}
     known = {k: v(type("cfg", (), options)) if callable(v := options[k]) else v for k in names}
     if command == "pack" and len(paths) == 2:
@@ -482,8 +484,8 @@ def main(command: str = "", *arguments: str) -> None:
     elif command == "preview" and len(paths) == 1:
         lq, gt = next(Prefetcher(train_loader(PairedImageDataset(**known), SampleNumbers(8), 0), "cpu"))
         sheet = torch.cat([torch.nn.functional.interpolate(lq, gt.shape[2:]), gt], 2).clip(0, 1) * 255
-        sheet = sheet.round().byte().permute(2, 0, 3, 1).flatten(1, 2)
-        Image.fromarray(to_channels(sheet.numpy(), 3)).save(paths[0])
+        sheet = sheet.expand(-1, 3, -1, -1).round().byte().permute(2, 0, 3, 1).flatten(1, 2)
+        ImageOps.scale(Image.fromarray(sheet.numpy()), 1 + 100 // gt.shape[3], Image.NEAREST).save(paths[0])
         print(f"{paths[0]}: 8 training pairs, the input (enlarged) above the ground truth")
     else:
         sys.exit(print(__doc__) if command in ("-h", "--help") else f"not understood\n\n{__doc__}")

@@ -299,8 +299,7 @@ def main() -> None:
     for name, *paths in pairs:
         try:
             pair = [read_image(path) for path in paths]
-            if pair[0].ndim != pair[1].ndim:  # gray beside colour: three equal channels
-                pair = [i if i.ndim == 3 else np.stack([i] * 3, axis=-1) for i in pair]
+            pair = [np.dstack([i] * 3) if i.ndim < max(j.ndim for j in pair) else i for i in pair]  # gray
             rows.append([measure(*pair, args.crop_border, args.y) for measure in (psnr, ssim, psnrb)])
             colours.add("gray" if pair[0].ndim == 2 else "Y" if args.y else "RGB")
             print(line.format(name, *rows[-1]), flush=True)

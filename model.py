@@ -211,7 +211,7 @@ class SwinIR(nn.Module):
         self.window_size, self.window = window_size, min(window_size, H, W)
         self.shift = self.window // 2 if min(H, W) > window_size else 0
         if self.shift and (H % window_size or W % window_size):
-            raise ValueError(f"img_size {img_size} must be a multiple of window_size {window_size}")
+            raise ValueError(f"img_size (gt_size / scale) {img_size} is no multiple of {window_size=}")
         self.register_load_state_dict_pre_hook(SwinIR.keep_buffers)
         self.conv_first = conv3(in_chans, embed_dim)
         self.absolute_pos_embed = nn.Parameter(normal_(torch.empty(1, H * W, embed_dim))) if ape else None
@@ -227,7 +227,7 @@ class SwinIR(nn.Module):
             self.layers.append(RSTB(blocks, body_conv(embed_dim, resi_connection), use_checkpoint))
         for name, p in self.layers.named_parameters():
             if re.search(r"(qkv|proj|fc\d)\.(weight|bias)$", name):
-                normal_(p, std=init_std) if p.ndim > 1 else nn.init.zeros_(p)
+                normal_(p, std=init_std or 1e-9) if p.ndim > 1 else nn.init.zeros_(p)
         self.norm, self.conv_after_body = norm_layer(embed_dim), body_conv(embed_dim, resi_connection)
         wide, direct = upsampler in ("pixelshuffle", "nearest+conv"), upsampler == "pixelshuffledirect"
         dim, c = (64, 64) if wide else (embed_dim, in_chans)  # reconstruction: what a head lacks is empty
@@ -447,7 +447,7 @@ def export_onnx(net: SwinIR, path: Path) -> str:
     return f"opset 18, any size, within {worst:.1e} of PyTorch at two sizes"
 
 
-def main() -> int | None:
+def main() -> int | str | None:
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     cli = argparse.ArgumentParser(description="Restores an image, or all in a folder, to PNG.")
     cli.add_argument("net", help="a SwinIR checkpoint: ours, official, BasicSR, KAIR")
@@ -463,11 +463,11 @@ def main() -> int | None:
     if args.onnx:
         return print(f"{args.onnx}: {export_onnx(load(args.net), args.onnx)}")
     if not args.output or args.output.suffix.lower() in (".jpg", ".jpeg", ".tif", ".webp", ".bmp"):
-        cli.error("say what to restore and where to: NET INPUT OUTPUT, which is a .png file or a folder")
+        cli.error("give NET INPUT OUTPUT: of an image to a .png file or a folder, of a folder to a folder")
     net, source, target = load(args.net, device=args.device), args.input, args.output
     jobs = [(source, target if target.suffix.lower() == ".png" else target / f"{source.stem}.png")]
-    if source.is_dir():
-        kinds = ".bmp .gif .jpeg .jpg .pbm .pgm .png .ppm .tif .tiff .webp".split()
+    if source.is_dir() and target.suffix.lower() != ".png":
+        kinds = ".bmp .jpeg .jpg .pbm .pgm .png .ppm .tif .tiff .webp".split()
         found = (p.relative_to(source) for p in sorted(source.rglob("*")) if p.suffix.lower() in kinds)
         names = {p: str(p.with_suffix("")).lower() for p in found if "/." not in f"/{p.as_posix()}"}
         same = Counter(names.values())  # of these, outputs keep the suffix
@@ -482,9 +482,9 @@ def main() -> int | None:
             with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.bf16):
                 write_png(out, restore_pixels(net, read(path), args.tile, args.overlap, args.ensemble))
         except Exception as e:  # Pillow raises anything for a broken file
-            failed = 1
+            failed += 1
             tqdm.write(f"{path}: {str(e) or type(e).__name__}", file=sys.stderr)
-    return failed
+    return failed and f"{failed} of {len(jobs)} images failed"
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def coerce(value: Any, name: str, source: str) -> Any:
 def load_config(argv: list[str]) -> Config:
     """The Config of a command line. SystemExit with a sentence if anything is wrong with it."""
     cfg = Config()
-    for arg in sorted(argv, key=lambda arg: arg.startswith("-")):  # files first
+    for arg in sorted(argv, key=lambda arg: arg.startswith("-") * ("=" in arg or -1)):  # files, options
         if arg in ("-h", "--help"):
             raise SystemExit(print(f"{__doc__}\nAll options:\n\n{inspect.getsource(Config)}"))
         key, equals, text = arg.lstrip("-").partition("=")
@@ -139,7 +139,7 @@ def load_config(argv: list[str]) -> Config:
             except BaseException as error:
                 raise SystemExit(f"{arg} is no config file (options are --key=value): {error!r}") from None
         elif not equals:
-            raise SystemExit(f"{arg}: options are written as --key=value")
+            raise SystemExit(f"{arg}: options are written with their value, as {arg}=VALUE")
         for key, value in pairs.items():
             if key not in vars(cfg):
                 near = ["seed"] if key == "manual_seed" else difflib.get_close_matches(key, vars(cfg), 1)
@@ -285,6 +285,8 @@ def main(cfg: Config) -> int | None:
     device, amp, accumulate = hardware(cfg, world)
     cuda, cpu = device.type == "cuda", device.type == "cpu"
     dataset, val_sets = open_data(cfg)
+    torch.manual_seed(cfg.seed)
+    net = SwinIR(img_size=cfg.gt_size // cfg.scale, upscale=cfg.scale, **options_of(SwinIR, cfg))
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
         group = dist.new_group(backend="gloo")  # for what is on the CPU
@@ -306,11 +308,9 @@ def main(cfg: Config) -> int | None:
     fixed = {*options_of(SwinIR, cfg), "scale", "seed", "batch_size", "optimizer"} - {"use_checkpoint"}
     if start and (fixed := sorted(fixed & changed.keys())):
         raise SystemExit(f"{', '.join(fixed)} can't change in a run: use another --name, or --resume=never")
-    found = f"{len(dataset):,} images" if cfg.dataroot_gt else "synthetic images (no dataroot_gt given)"
+    found = f"{len(dataset):,} image(s)" if cfg.dataroot_gt else "synthetic images (no dataroot_gt given)"
     sets = ", ".join(f"{k} ({len(v)})" for k, v in val_sets.items())
     log("\nnote: ".join([f"data: {found}; validation: {sets or 'none'}", *dataset.notices]))
-    torch.manual_seed(cfg.seed)
-    net = SwinIR(img_size=cfg.gt_size // cfg.scale, upscale=cfg.scale, **options_of(SwinIR, cfg))
     if cfg.pretrain_network and not start:
         log(load_weights(net, cfg.pretrain_network, cfg.param_key, cfg.strict_load))
     net.to(device, memory_format=torch.channels_last)
@@ -333,6 +333,7 @@ def main(cfg: Config) -> int | None:
     sync = {"forward_sync_buffers", "broadcast_buffers"} & {*inspect.signature(ddp).parameters}
     model = ddp(net, [device.index] if cuda else None, **{max(sync): False}) if world > 1 else net
     work = f"{device}, {amp}, {world} rank(s) x {accumulate} micro-batch(es)"
+    work += " (for a CPU there is configs/tiny.py)" * (cpu and accumulate > 1)
     log(f"network: {sum(p.numel() for p in params):,} parameters; torch {torch.__version__}, {work}")
 
     def validate(it: int) -> None:
@@ -390,11 +391,9 @@ def main(cfg: Config) -> int | None:
 
     if cfg.eval_only:
         return validate(start)
-    if start >= cfg.total_iters:
-        return log(f"finished after {start:,} iterations: raise --total_iters, or --resume=never")
-    if rank == 0:
+    if rank == 0 and start < cfg.total_iters:
         write(folder / "config.json", json.dumps(vars(cfg), indent=1))
-    asked = {"code": 0}
+    asked, code = {"code": 0}, 0
     end = time.perf_counter() + 3600 * (math.inf if cfg.max_hours is None else cfg.max_hours)
 
     def hear(number: int, frame: Any) -> None:
@@ -438,8 +437,6 @@ def main(cfg: Config) -> int | None:
                 scaler.scale(loss * (1 + 0 * loss.detach())).backward()
                 total += loss.detach()
                 bar.update(1 / accumulate)
-                if cpu and it == start + 1 and not micro and (spent := time.perf_counter() - since) > 5:
-                    log(f"note: {spent * accumulate:.0f} s an iteration; for a CPU there is configs/tiny.py")
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
             good = norm.isfinite().float()
@@ -463,7 +460,7 @@ def main(cfg: Config) -> int | None:
                 entry |= {"data_time": batches.wait / steps, "img_per_s": speed, "max_mem_gb": gb}
                 text = f"iter {it:,}/{cfg.total_iters:,}: loss {loss:.4e}, lr {lr:.2e}, {speed:.1f} img/s, "
                 text += f"{batches.wait / spent:.0%} waiting for data" + f", {bad:.0f} skipped" * (bad > 0)
-                text += " (try more --num_workers, or data.py pack)" * (batches.wait > spent / 4)
+                text += " (try data.py pack or --num_workers)" * (batches.wait > spent / 4 and seen > start)
                 log(text, event="train", iter=it, **entry)
                 if row >= 50:
                     raise SystemExit("stopped: no finite loss in 50 steps; lower --lr, or try --grad_clip=1")
@@ -475,6 +472,8 @@ def main(cfg: Config) -> int | None:
             if it % cfg.save_checkpoint_freq == 0 or last:
                 save(it)
             since += time.perf_counter() - paused
+        else:
+            log(f"finished: the weights are in {folder / 'models'}; to go on, raise --total_iters")
     reduced(torch.zeros(1))  # so all wait for the files
     return code
 

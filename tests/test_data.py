@@ -662,7 +662,7 @@ def test_check_names_every_bad_file_and_no_good_one(tmp_path):
     assert code == 1
     assert [name for name in [*bad, "img_dangling"] if name not in text] == []
     assert [name for name in [*good, ".hidden"] if name in text] == []
-    with pytest.raises(ValueError, match="see python data"):
+    with pytest.raises(ValueError, match=r"data\.py check lists all"):
         PairedImageDataset(tmp_path / "gt", tmp_path / "lq", scale=2, gt_size=16, filename_tmpl="{}x2")
 
 
@@ -671,9 +671,9 @@ def test_command_line(folder, tmp_path):
     config.write_text(f"dataroot_gt = {str(folder)!r}\ngt_size = 32\nlr = 1e-3\n")
     assert run_cli("check", config)[0] == 0
     assert run_cli("preview", config, tmp_path / "sheet.png", "--degradation=jpeg")[0] == 0
-    assert Image.open(tmp_path / "sheet.png").size == (8 * 32, 2 * 32)
+    assert Image.open(tmp_path / "sheet.png").size == (8 * 32 * 4, 2 * 32 * 4)  # enlarged by a whole factor
     code, text = run_cli("check", tmp_path / "absent")
-    assert code == 1 and "absent" in text and text.count("\n") == 1
+    assert code == 1 and "absent is not there" in text and text.count("\n") == 1
     assert run_cli()[0] == 1
 
 
@@ -695,9 +695,18 @@ def test_check_and_preview_say_what_they_looked_at(folder, tmp_path):
     assert code == 0 and "sheet.png" in text, text
     config.write_text("gt_size = lambda cfg: 16 * cfg.scale\n")  # of Config's default
     assert run_cli("preview", config, tmp_path / "sheet.png", f"--dataroot_gt={folder}")[0] == 0
-    assert Image.open(tmp_path / "sheet.png").size == (8 * 16, 2 * 16)
-    code, text = run_cli("check", folder, "--scale=2x")
-    assert code == 1 and text.startswith("error: ") and "Traceback" not in text
+    assert Image.open(tmp_path / "sheet.png").size == (8 * 16 * 7, 2 * 16 * 7)
+    for wrong in (
+        "--scale=2x",
+        "--gt_size=abc",
+        "--scale=0",
+        "--dataset_weights=a,b",
+        "--dataset_weights=1,2",
+    ):
+        code, text = run_cli("preview", tmp_path / "sheet.png", f"--dataroot_gt={folder}", wrong)
+        assert code == 1 and text.startswith("error: ") and "Traceback" not in text, text
+        assert wrong == "--scale=2x" or wrong[2:].split("=")[0] in text, text
+    assert run_cli("check", folder, folder, "--scale=0")[1].startswith("error: ")
 
 
 def test_data_py_works_alone(tmp_path):

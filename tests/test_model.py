@@ -582,6 +582,8 @@ def test_a_users_mistakes_are_said_in_a_sentence(tmp_path):
         ((net, image, tmp_path / "out", "--device=cuda:77"), ""),
         ((net, image, tmp_path / "out", "--device=nonsense"), ""),
         ((net, image), "INPUT OUTPUT"),
+        ((net, image, tmp_path / "out.jpg"), "a .png file or a folder"),
+        ((net, tmp_path / "a", tmp_path / "out.png"), "1 of 1 images failed"),
     ):
         done = run(*arguments)
         assert done.returncode in (1, 2) and said in done.stderr, (arguments, done.stderr)
