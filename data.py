@@ -42,7 +42,7 @@ def list_images(root: str | Path) -> list[Path]:
         subfolders[:] = sorted(inner[real] for real in inner.keys() - entered)
         entered |= inner.keys()
         paths += [Path(folder, f) for f in files if f[0] != "." and Path(f).suffix.lower() in kinds]
-    need(paths, f"{root} " + ("has no images" if os.path.isdir(root) else "is not there"))
+    need(paths, f"{root} " + ("has no " + ", ".join(kinds) if os.path.isdir(root) else "is not there"))
     return sorted(paths)
 
 
@@ -277,8 +277,8 @@ def open_pairs(gts, lqs, scale=1, filename_tmpl="{}", meta_info_file=None, cache
     need("{}" in filename_tmpl and scale > 0, f"{filename_tmpl=} must be like {{}}x2, {scale=} positive")
     need(not meta_info_file or Path(meta_info_file).is_file(), f"meta_info_file={meta_info_file} is missing")
     lines = Path(meta_info_file).read_text("utf-8").splitlines() if meta_info_file else []
-    listed = {line.rsplit(" (", 1)[0].strip() for line in lines} - {""}  # a line: name.png (h,w,c)
-    roots, n, groups = gts + lqs, len(gts), []
+    listed = {line.rsplit(" (", line.endswith(")"))[0].strip() for line in lines} - {""}  # name.png (h,w,c)
+    roots, n, groups = [*map(os.path.expanduser, gts + lqs)], len(gts), []
     sources = [PackedImages(r) if Path(r).is_file() else ImageFolder(r, cache_gb / n, whole) for r in roots]
     problems, notices = ([x for s in sources for x in getattr(s, k)] for k in ("problems", "notices"))
     missing = sorted(listed.difference(*(gt.names for gt in sources[:n])))
@@ -289,9 +289,9 @@ def open_pairs(gts, lqs, scale=1, filename_tmpl="{}", meta_info_file=None, cache
         for i, (name, (h, w, _)) in enumerate(zip(gt.names, gt.shapes, strict=True)):
             if meta_info_file and name not in listed:
                 continue
-            partner = Path(name).with_name(filename_tmpl.format(Path(name).stem)).as_posix()
+            partner = Path(name).with_name(filename_tmpl.replace("{}", Path(name).stem)).as_posix()
             if (j := by_name.get(partner + Path(name).suffix, by_name.get(partner)) if lqs else i) is None:
-                problems.append(f"{gt.root}/{name} has no partner {partner}.* in {lq.root}")
+                problems.append(f"{gt.root}/{name} has no partner {partner}.* in {lq.root}: {filename_tmpl=}")
                 continue
             lh, lw = lq.shapes[j][:2] if lqs else (h // scale, w // scale)
             if max(abs(lh * scale - h), abs(lw * scale - w)) >= scale:
@@ -320,8 +320,8 @@ class PairedImageDataset(Dataset):
         need(in_chans in (1, 3), f"in_chans={in_chans} is neither 1 nor 3")
         need(scale > 0 == gt_size % scale, f"gt_size={gt_size} is no multiple of scale={scale}")
         for name, value in (("sigma", sigma), ("quality", quality)):
-            low, high = value if np.ndim(value) else (value, value)
-            need(0 <= low <= high, f"{name}={value} is neither a number nor a range (low, high)")
+            low, *more, high = value if np.ndim(value) else (value, value)
+            need(not more and 0 <= low <= high, f"{name}={value} is neither a number nor a range (low, high)")
         self.degrade, self.margin = (None, 0) if dataroot_lq else DEGRADATIONS.get(degradation, (None, None))
         need(self.margin is not None, f"degradation={degradation}: not one of {', '.join(DEGRADATIONS)}")
         found = dataroot_gt, dataroot_lq, scale, filename_tmpl, meta_info_file, cache_gb, whole, gt_size
@@ -372,7 +372,7 @@ class PairedImageDataset(Dataset):
         """(H, W, C) -> (C, H, W), in one of BasicSR's eight symmetries."""
         img = img[:: -1 if self.use_rot and v < 0.5 else 1, :: -1 if self.use_hflip and u < 0.5 else 1]
         img = img.transpose((2, 1, 0) if self.use_rot and t < 0.5 else (2, 0, 1))
-        return torch.from_numpy(np.ascontiguousarray(img if self.eight_bit else to_float(img)))
+        return torch.from_numpy(np.require(img if self.eight_bit else to_float(img), None, "CW"))
 
     def pad(self, img: np.ndarray, size: int) -> np.ndarray:
         """To at least (size, size), by reflection. The edge is mirrored too, lest LQ and GT be shifted."""
@@ -382,19 +382,20 @@ class PairedImageDataset(Dataset):
 
 class ValidationImages(PairedImageDataset):
     """images[i] -> {name, lq: float32 (C, h, w), gt: array (h * scale, w * scale, C)}, whole. Noise is the
-    reference test noise, np.random.seed(0) before each image. Without `val_gt`: `count` synthetic images."""
+    reference test noise, np.random.seed(0) before each image. Without `val_gt`: n synthetic images."""
 
-    def __init__(self, val_gt=None, val_lq=None, count: int = 16, **options):
+    def __init__(self, val_gt=None, val_lq=None, n: int = 16, **options):
         fixed = {"gt_size": options.get("scale", 1), "seed": -1, "cache_gb": 0, "whole": True}
         super().__init__(val_gt, val_lq, **fixed, **options)  # all are decoded, lest one end a run later
-        size = 256 // self.scale
-        self.pairs = self.pairs or [(self.synthetic, i, None, i, size, size) for i in range(count)]
+        self.pairs = self.pairs or [(self.synthetic, i, None, i, *2 * [256 // self.scale]) for i in range(n)]
+        need(min(min(p[4:]) for p in self.pairs) * self.scale > 10, f"{val_gt}: SSIM needs 11x11 pixels")
 
     def __getitem__(self, i: int) -> dict:
         gt, k, lq, j, h, w = self.pairs[i]
         name = f"synthetic{i:02d}" if self.synthetic else os.path.splitext(gt.names[k])[0]
         gt = to_channels(gt[k][: h * self.scale, : w * self.scale], self.in_chans).copy()
-        lq = lq[j][:h, :w] if lq else self.degrade(gt, np.random.RandomState(0), self)
+        rng = np.random.RandomState(0) if self.degrade is add_noise else sample_rng(0, i)
+        lq = lq[j][:h, :w] if lq else self.degrade(gt, rng, self)
         lq = torch.from_numpy(to_float(to_channels(lq, self.in_chans)).transpose(2, 0, 1).copy())
         return {"name": name, "lq": lq, "gt": gt}
 
@@ -403,7 +404,7 @@ def SampleNumbers(batch_size: int, rank: int = 0, world: int = 1, start: int = 0
     """Batches of sample numbers, without end: iteration `it` has [it * batch_size, (it + 1) * batch_size).
     In it each of `accumulate` micro-batches, and in these each of `world` ranks, takes a contiguous slice."""
     size, rest = divmod(batch_size, world * accumulate)
-    need(rest == 0, f"batch_size={batch_size} is no multiple of ranks x accumulate")
+    need(rest == 0, f"{batch_size=} is no multiple of ranks x accumulate, {world} x {accumulate}")
     slices = range(start * accumulate * world + rank, sys.maxsize, world)
     return ([*range(k * size, (k + 1) * size)] for k in slices)
 
@@ -411,7 +412,7 @@ def SampleNumbers(batch_size: int, rank: int = 0, world: int = 1, start: int = 0
 def ignore_signals(worker: int) -> None:
     for name in {"SIGINT", "SIGUSR1"} & set(dir(signal)):  # though sent to all, they are for the trainer
         signal.signal(getattr(signal, name), signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # it ends a worker once the trainer has saved
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(600))  # by then the trainer has saved
 
 
 def train_loader(dataset, sampler, num_workers: int, pin: bool = False, **options) -> DataLoader:
@@ -422,7 +423,7 @@ def train_loader(dataset, sampler, num_workers: int, pin: bool = False, **option
 
 class Prefetcher:
     """Iterates (lq, gt), float32 on `device`, loaded and copied ahead by a thread, on CUDA in a side stream.
-    next() raises the dataset's ValueError, or RuntimeError for a killed worker. `wait`: seconds so far."""
+    next() raises OSError for an unreadable image, otherwise RuntimeError. `wait`: seconds so far."""
 
     def __init__(self, loader: DataLoader, device: torch.device | str):
         self.device, self.thread, self.wait = torch.device(device), ThreadPoolExecutor(1), 0.0
@@ -442,7 +443,8 @@ class Prefetcher:
         try:
             batch, copied = self.ready.pop(0).result()
         except ValueError as error:  # from a worker it is a whole traceback that ends in the sentence
-            raise ValueError(str(error).strip().rpartition("\n")[2].removeprefix("ValueError: ")) from None
+            told = str(error).strip().rpartition("\n")[2].removeprefix("ValueError: ")
+            raise (OSError if "can't be read" in told else RuntimeError)(told) from error
         except (OSError, EOFError) as error:  # while a worker sent a batch
             raise RuntimeError(f"a DataLoader worker has died: {error!r}") from None
         self.wait += time.perf_counter() - start
@@ -464,23 +466,20 @@ def main(command: str = "", *arguments: str) -> None:
     paths = [a for a in arguments if a[:2] != "--"]
     options = names | (runpy.run_path(paths.pop(0)) if paths and paths[0].endswith(".py") else {})
     for key, _, text in (a[2:].partition("=") for a in arguments if a[:2] == "--"):
-        need(key in (*names, "val_gt", "val_lq"), f"--{key} is none of {', '.join(names)}, val_gt, val_lq")
+        if key not in names:  # an option of train.py, or a typing error
+            print(f"--{key} isn't used by data.py")
         number = key == "dataset_weights" or isinstance(names.get(key), int | float)
         need(not number or text[:1].isdigit() or text in ("True", "False"), f"--{key}={text} is no number")
-        options[key] = ast.literal_eval(text) if number else text
+        options[key] = ast.literal_eval(f"{text}," if key == "dataset_weights" else text) if number else text
     options |= zip(("dataroot_gt", "dataroot_lq"), paths, strict=False) if command == "check" else {}
     known = {k: v(type("cfg", (), options)) if callable(v := options[k]) else v for k in names}
     if command == "pack" and len(paths) == 2:
         pack(*paths)
-    elif command == "check" and (options.get("dataroot_gt") or options.get("val_gt")):  # decode all
-        count = 0
-        for gt, lq, *own in ("dataroot_gt", "dataroot_lq", "meta_info_file", "gt_size"), ("val_gt", "val_lq"):
-            if root := known.get(gt, options.get(gt)):
-                how = {k: known[k] for k in ("scale", "filename_tmpl", *own)}
-                groups, _, problems, notices = open_pairs(root, options.get(lq), whole=True, **how)
-                print(f"{gt}: {sum(map(len, groups))} images or pairs", *notices, *problems, sep="\n")
-                count += len(problems)
-        sys.exit(f"{count} problems" if count else print("no problems"))
+    elif command == "check" and known["dataroot_gt"]:  # decode all
+        how = [known[k] for k in "dataroot_gt dataroot_lq scale filename_tmpl meta_info_file".split()]
+        groups, _, problems, notices = open_pairs(*how, whole=True, gt_size=known["gt_size"])
+        print(f"{sum(map(len, groups))} images or pairs can be used", *notices, *problems, sep="\n")
+        sys.exit(f"problems: {len(problems)}" if problems else print("no problems"))
     elif command == "preview" and len(paths) == 1:
         lq, gt = next(Prefetcher(train_loader(PairedImageDataset(**known), SampleNumbers(8), 0), "cpu"))
         sheet = torch.cat([torch.nn.functional.interpolate(lq, gt.shape[2:]), gt], 2).clip(0, 1) * 255
@@ -488,7 +487,7 @@ def main(command: str = "", *arguments: str) -> None:
         ImageOps.scale(Image.fromarray(sheet.numpy()), 1 + 100 // gt.shape[3], Image.NEAREST).save(paths[0])
         print(f"{paths[0]}: 8 training pairs, the input (enlarged) above the ground truth")
     else:
-        sys.exit(print(__doc__) if command in ("-h", "--help") else f"not understood\n\n{__doc__}")
+        sys.exit(print(__doc__) if command in ("-h", "--help") else f"unknown or incomplete\n\n{__doc__}")
 
 
 if __name__ == "__main__":

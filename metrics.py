@@ -35,19 +35,20 @@ from tqdm import tqdm
 Picture = np.ndarray | torch.Tensor  # uint8 or uint16; (H, W, 3) RGB, or (H, W, 1) or (H, W) gray
 
 
+def need(fine, sentence: str) -> None:
+    if not fine:
+        raise ValueError(sentence)
+
+
 def _planes(pred: Picture, target: Picture, crop_border: int, y: bool) -> tuple[np.ndarray, np.ndarray, int]:
     """Two float64 (C, H, W) without the border, and the peak value; ValueError if they don't compare."""
     pair = [i.numpy(force=True) if isinstance(i, torch.Tensor) else np.asarray(i) for i in (pred, target)]
     a, b = (i[..., None] if i.ndim == 2 else i for i in pair)
-    if a.shape != b.shape:
-        raise ValueError(f"the images' shapes differ: {a.shape} and {b.shape}")
-    if a.ndim != 3 or a.shape[2] not in (1, 3):
-        raise ValueError(f"an image is (H, W), (H, W, 1) or (H, W, 3), channels last, not {a.shape}")
-    if a.dtype != b.dtype or a.dtype not in (np.uint8, np.uint16):
-        raise ValueError(f"both images must be uint8, or both uint16, not {a.dtype} and {b.dtype}")
+    need(a.shape == b.shape, f"the images' shapes differ: {a.shape} and {b.shape}")
+    need(a.ndim == 3 and a.shape[2] in (1, 3), f"an image is (H, W[, 1 or 3]), channels last, not {a.shape}")
+    need(a.dtype == b.dtype in (np.uint8, np.uint16), f"both must be uint8 or uint16: {a.dtype}, {b.dtype}")
     height, width, channels = a.shape
-    if not 0 <= 2 * crop_border < min(height, width):
-        raise ValueError(f"crop_border={crop_border} is not possible with {width}x{height} pixels")
+    need(0 <= 2 * crop_border < min(height, width), f"{crop_border=} is not possible with {width}x{height}")
     peak = int(np.iinfo(a.dtype).max)
     inside = np.s_[crop_border : height - crop_border, crop_border : width - crop_border]
     a, b = (i[inside].astype(np.float64).transpose(2, 0, 1) for i in (a, b))
@@ -69,8 +70,7 @@ def ssim(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False) 
     """Structural similarity (Wang et al. 2004), at most 1; the constants and window of its authors.
     Arguments as in `psnr`. Raises ValueError also for images under 11 pixels inside the border."""
     pred, target, peak = _planes(pred, target, crop_border, y)
-    if min(pred.shape[1:]) < 11:
-        raise ValueError(f"SSIM needs 11x11 pixels inside the border, not {pred.shape[2]}x{pred.shape[1]}")
+    need(min(pred.shape[1:]) >= 11, f"SSIM needs 11x11 pixels inside the border, not {pred.shape[1:]}")
     window = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))  # 11x11, Gaussian, sigma 1.5: along W, then H
     window /= window.sum()
     c1, c2 = (0.01 * peak) ** 2, (0.03 * peak) ** 2
@@ -95,8 +95,7 @@ def psnrb(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False)
     height, width = pred.shape[1:]
     borders = height * (width // 8 - 1) + width * (height // 8 - 1)  # as SwinIR counts
     others = height * (width - 1) + width * (height - 1) - borders
-    if borders <= 0:
-        raise ValueError(f"PSNR-B needs two 8x8 blocks inside the border, not {width}x{height} pixels")
+    need(borders > 0, f"PSNR-B needs two 8x8 blocks inside the border, not {width}x{height} pixels")
     # Blockiness: how much larger squared steps are across borders of 8x8 blocks than elsewhere, at least 0.
     steps = [np.sum(np.diff(pred, axis=axis) ** 2, axis=3 - axis) for axis in (1, 2)]  # each (C, positions)
     across = sum(i[:, 7::8].sum(1) for i in steps)
@@ -108,8 +107,7 @@ def psnrb(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False)
 
 def _difference(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """pred - target, at least in float32: half precision would lose small errors and the eps."""
-    if pred.shape != target.shape:  # would broadcast in silence
-        raise ValueError(f"prediction {tuple(pred.shape)} and target {tuple(target.shape)} differ in shape")
+    need(pred.shape == target.shape, f"{tuple(pred.shape)} and {tuple(target.shape)} differ in shape")
     return pred.to(torch.promote_types(pred.dtype, torch.float32)) - target
 
 
@@ -118,7 +116,6 @@ LOSSES = {  # function(pred, target) -> scalar
     "mse": lambda pred, target: _difference(pred, target).square().mean(),
     "charbonnier": lambda pred, target: (_difference(pred, target).square() + 1e-9).sqrt().mean(),  # as KAIR
 }
-
 # The layers of torchvision's vgg19().features in order: conv1_1, relu1_1, conv1_2, relu1_2, pool1, ..., pool5
 VGG19 = []
 for _n, _depth in enumerate((2, 2, 4, 4, 4), 1):
@@ -219,7 +216,7 @@ class Log:
                 run = {"project": wandb, "id": run, "name": folder.name, "resume": "allow", "config": config}
                 self.run, self.picture = package.init(dir=folder, **run), package.Image
         except ImportError as error:
-            raise ValueError(f"{error.name} is missing: pip install tensorboard, or wandb") from None
+            raise ValueError(f"{error.name} is missing: pip install {error.name}") from None
 
     def __call__(self, text: str, pictures: dict | tuple = (), event: str = "", **values: object) -> None:
         tqdm.write(text)
@@ -268,9 +265,9 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 def _images(folder: Path, template: str = "{}") -> dict[str, Path]:
-    """Every image in and below `folder`: path there without suffix, name put into template -> file."""
+    """Images in and below `folder`, not hidden: path there without suffix, name put into template -> file."""
     found = {}
-    for path in sorted(folder.rglob("[!.]*")):  # no hidden files
+    for path in (p for p in sorted(folder.rglob("*")) if "/." not in f"/{p.relative_to(folder).as_posix()}"):
         if path.suffix.lower() in ".png .jpg .jpeg .bmp .webp .tif .tiff".split() and not path.is_dir():
             name = (path.relative_to(folder).parent / template.replace("{}", path.stem)).as_posix()
             if found.setdefault(name, path) != path:

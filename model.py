@@ -211,7 +211,7 @@ class SwinIR(nn.Module):
         self.window_size, self.window = window_size, min(window_size, H, W)
         self.shift = self.window // 2 if min(H, W) > window_size else 0
         if self.shift and (H % window_size or W % window_size):
-            raise ValueError(f"img_size (gt_size / scale) {img_size} is no multiple of {window_size=}")
+            raise ValueError(f"{img_size=} is no multiple of {window_size=}")
         self.register_load_state_dict_pre_hook(SwinIR.keep_buffers)
         self.conv_first = conv3(in_chans, embed_dim)
         self.absolute_pos_embed = nn.Parameter(normal_(torch.empty(1, H * W, embed_dim))) if ape else None
@@ -240,8 +240,8 @@ class SwinIR(nn.Module):
         for name in (*self.ups, "conv_hr") if self.ups else ():
             self.add_module(name, conv3(64, 64))
         self.conv_last = nn.Identity() if direct else conv3(dim, in_chans)
-        if not self.upsampler:  # training begins at the identity: tenths of a dB in short runs
-            nn.init.zeros_(self.conv_last.weight), nn.init.zeros_(self.conv_last.bias)
+        for p in () if self.upsampler else self.conv_last.parameters():
+            nn.init.zeros_(p)  # training begins at the identity: tenths of a dB in short runs
 
     def keep_buffers(self, state_dict: dict, prefix: str, *_: Any) -> None:
         """On loading: buffers follow from the arguments; files may lack them, or have another img_size's."""
@@ -278,19 +278,17 @@ class SwinIR(nn.Module):
 def portable(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """A copy to save: contiguous CPU tensors under plain keys, the buffers in int8 and int16, and shared.
     Strict loading works in the official class, BasicSR's and spandrel's: they copy into their own buffers."""
-    out = {PREFIX.sub("", k): v.detach().cpu() for k, v in state_dict.items()}
-    for k, v in out.items():
-        out[k] = v.clone(memory_format=torch.contiguous_format)
-        if k.endswith(BUFFERS):
-            v = v.to(torch.int8 if k.endswith("mask") else torch.int16)
-            out[k] = shared.setdefault((v.shape, v.numpy().tobytes()), v)
+    out = {PREFIX.sub("", k): v.detach().to("cpu", copy=True).contiguous() for k, v in state_dict.items()}
+    for k in (k for k in out if k.endswith(BUFFERS)):
+        v = out[k].to(torch.int8 if k.endswith("mask") else torch.int16)
+        out[k] = shared.setdefault((v.shape, v.numpy().tobytes()), v)
     return out
 
 
 def read_weights(path: str | Path, param_key: str) -> tuple[dict[str, Tensor], dict]:
     """(state dict, arguments or {}) of any checkpoint, unwrapped. Runs no code of the file; ValueError."""
     try:
-        file = torch.load(path, map_location="cpu", weights_only=True)
+        file = torch.load(Path(path).expanduser(), map_location="cpu", weights_only=True)
         keys = (param_key, "params_ema", "params-ema", "params", "state_dict", "model_state_dict")
         weights = next((file[k] for k in keys if isinstance(file.get(k), dict)), file)
         weights = {PREFIX.sub("", k): v for k, v in weights.items() if isinstance(v, Tensor)}
@@ -341,7 +339,7 @@ def load_weights(net: SwinIR, path: str | Path, param_key: str = "params_ema", s
     if not taken or (strict and left):
         raise ValueError(f"{path}: {len(taken)} of {len(own)} tensors fit, but not {names}")
     net.load_state_dict(taken, strict=False)
-    return f"{len(taken)} of {len(own)} tensors taken" + (f"; left: {names}" if left else "")
+    return f"{path}: {len(taken)} of {len(own)} tensors taken" + (f"; left: {names}" if left else "")
 
 
 def tiled(f: Any, x: Tensor, dim: int, size: int, lap: int, s: int) -> Tensor:
@@ -459,7 +457,7 @@ def main() -> int | str | None:
     cli.add_argument("--device", default=best, help="cpu, cuda, cuda:1, mps (default: %(default)s)")
     cli.add_argument("--bf16", action="store_true", help="compute in bfloat16: faster, a little less exact")
     cli.add_argument("--onnx", type=Path, metavar="FILE", help="write the network as ONNX instead")
-    args, failed = cli.parse_args(), 0
+    args, failed = cli.parse_args(), []
     if args.onnx:
         return print(f"{args.onnx}: {export_onnx(load(args.net), args.onnx)}")
     if not args.output or args.output.suffix.lower() in (".jpg", ".jpeg", ".tif", ".webp", ".bmp"):
@@ -472,19 +470,19 @@ def main() -> int | str | None:
         names = {p: str(p.with_suffix("")).lower() for p in found if "/." not in f"/{p.as_posix()}"}
         same = Counter(names.values())  # of these, outputs keep the suffix
         jobs = [(source / p, target / p.with_suffix(p.suffix * (same[names[p]] > 1) + ".png")) for p in names]
-    if not jobs:
-        raise ValueError(f"{source}: holds no images")
+    if not jobs or not source.exists():
+        raise ValueError(f"{source}: " + ("holds no images" if source.exists() else "is not there"))
     if any(out.resolve().is_relative_to(source.resolve()) for _, out in jobs):
         raise ValueError(f"{target}: the output must not lie in {source}, nor be it")
-    for path, out in tqdm(jobs, unit="image"):
+    for path, out in tqdm(jobs, str(target), unit="image"):
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
             with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.bf16):
                 write_png(out, restore_pixels(net, read(path), args.tile, args.overlap, args.ensemble))
         except Exception as e:  # Pillow raises anything for a broken file
-            failed += 1
+            failed.append(str(path))
             tqdm.write(f"{path}: {str(e) or type(e).__name__}", file=sys.stderr)
-    return failed and f"{failed} of {len(jobs)} images failed"
+    return f"{len(failed)} of {len(jobs)} images failed: {', '.join(failed[:9])}" if failed else None
 
 
 if __name__ == "__main__":

@@ -165,15 +165,18 @@ def check(cfg: Config) -> None:
         need(type(value) is not tuple or "_" in name or len(numbers) == len(value), name, "numbers, as 6,6")
         default = getattr(Config, name)  # what is at least 1 by default makes no sense at 0
         low = int(type(default) is int and default > 0 and name[:4] not in ("num_", "val_", "keep"))
-        high = 1 if name in ("betas", "ema_decay", "drop_path_rate") else 2**63
-        need(all(low <= v < high for v in numbers), name, f"at least {low} and below {high}")
+        high = {"betas": 1, "ema_decay": 1, "drop_path_rate": 1, "quality": 101}.get(name, 2.0**63)
+        need(all(low <= v < high for v in numbers), name, f"at least {low} and below {high:.3g}")
     need(len(cfg.betas) == 2, "betas", "two numbers")
     whole = all(type(v) is int and v > 0 for v in cfg.depths + cfg.num_heads)
     need(cfg.depths and whole, "depths", "positive whole numbers, and so num_heads")
-    need(cfg.name == Path(cfg.name).name and cfg.name.isprintable(), "name", "the name of a folder")
-    need((cfg.upsampler == "") == (cfg.scale == 1), "upsampler", f"'' for scale 1 only, not for {cfg.scale}")
-    flat = cfg.scale > 1 and not cfg.dataroot_lq and cfg.degradation in ("noise", "jpeg")
-    need(not flat, "degradation", "bicubic, or your own that makes images smaller")
+    fine = cfg.name.strip(".") and cfg.name == Path(cfg.name).name and cfg.name.isprintable()
+    need(fine, "name", "the name of a folder")
+    need((cfg.upsampler == "") == (cfg.scale == 1), "upsampler", "'' for scale=1, else pixelshuffledirect")
+    flat = {"noise": True, "jpeg": True, "bicubic": False}.get(cfg.degradation, cfg.scale == 1)
+    need(cfg.dataroot_lq or flat == (cfg.scale == 1), "degradation", "bicubic if scale > 1, and only then")
+    step = cfg.scale * cfg.window_size  # in pixels of the ground truth
+    need(cfg.gt_size % step == 0, "gt_size", f"a multiple of scale x window_size, {step}")
 
 
 def options_of(function: Any, cfg: Config) -> dict[str, Any]:
@@ -194,11 +197,10 @@ def lr_at(it: int, cfg: Config) -> float:
 def hardware(cfg: Config, world: int) -> tuple[torch.device, str, int]:
     """What `auto` and None stand for here: the device, the precision, the micro-batches per step and rank."""
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind = max(found, key=found.get) if cfg.device == "auto" else cfg.device  # the first that is found
+    kind = next(k for k, there in found.items() if there) if cfg.device == "auto" else cfg.device
     if not found[kind]:
         raise SystemExit(f"device={kind}: PyTorch finds none here; --device=auto takes what there is")
-    private = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    bf16 = kind == "cpu" and any(getattr(torch.cpu, name, bool)() for name in private)
+    bf16 = kind == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, cfg.amp != "none"
@@ -219,7 +221,7 @@ def hardware(cfg: Config, world: int) -> tuple[torch.device, str, int]:
 def open_data(cfg: Config) -> tuple[PairedImageDataset, dict[str, ValidationImages]]:
     """The training pairs, and the validation sets by name."""
     gt, lq = (v if isinstance(v, tuple) else (v,) for v in (cfg.val_gt, cfg.val_lq))
-    if cfg.val_lq and len(lq) != len(gt):
+    if cfg.val_lq and (not cfg.val_gt or len(lq) != len(gt)):
         raise SystemExit(f"val_lq={cfg.val_lq} must have one entry for each of val_gt={cfg.val_gt}")
     val_sets, shared = {}, {k: getattr(cfg, k) for k in ("degradation", "scale", "in_chans", "filename_tmpl")}
     shared["sigma"], shared["quality"] = np.max(cfg.sigma), np.min(cfg.quality)
@@ -275,7 +277,7 @@ def last_checkpoint(folder: Path) -> tuple[dict, dict]:
                 files.append(torch.load(path, map_location="cpu", weights_only=True))
             return tuple(files)
         except Exception:
-            print(f"warning: {path} is damaged, the checkpoint before it is used", file=sys.stderr)
+            print(f"warning: {path} is damaged: the one before it is used, if there is one", file=sys.stderr)
     return {"iter": 0, "best": {}, "config": vars(Config())}, {}
 
 
@@ -308,6 +310,8 @@ def main(cfg: Config) -> int | None:
     fixed = {*options_of(SwinIR, cfg), "scale", "seed", "batch_size", "optimizer"} - {"use_checkpoint"}
     if start and (fixed := sorted(fixed & changed.keys())):
         raise SystemExit(f"{', '.join(fixed)} can't change in a run: use another --name, or --resume=never")
+    if cfg.eval_only and (bool(start) == bool(cfg.pretrain_network) or not val_sets):
+        raise SystemExit("eval_only: give the --name of a run, or --pretrain_network and a --name of its own")
     found = f"{len(dataset):,} image(s)" if cfg.dataroot_gt else "synthetic images (no dataroot_gt given)"
     sets = ", ".join(f"{k} ({len(v)})" for k, v in val_sets.items())
     log("\nnote: ".join([f"data: {found}; validation: {sets or 'none'}", *dataset.notices]))
@@ -323,15 +327,15 @@ def main(cfg: Config) -> int | None:
     if start:
         ema.load_state_dict(weights["params_ema"])
         net.load_state_dict(weights["params"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]["state"]})
+        scaler.load_state_dict(state["scaler"] or scaler.state_dict())
         sums += state["sums"][rank % len(state["sums"])].to(device)
     if cfg.compile == "on" or (cfg.compile == "auto" and cuda and sys.platform == "linux"):
         for layer in net.layers:  # in place: no prefix in the state dict; alike: one compilation serves all
             layer.compile()
-    ddp = torch.nn.parallel.DistributedDataParallel  # whose option has two names, by version
-    sync = {"forward_sync_buffers", "broadcast_buffers"} & {*inspect.signature(ddp).parameters}
-    model = ddp(net, [device.index] if cuda else None, **{max(sync): False}) if world > 1 else net
+    ddp, sync = torch.nn.parallel.DistributedDataParallel, "forward_sync_buffers"
+    sync = sync if sync in inspect.signature(ddp).parameters else "broadcast_buffers"  # its older name
+    model = ddp(net, [device.index] if cuda else None, **{sync: False}) if world > 1 else net
     work = f"{device}, {amp}, {world} rank(s) x {accumulate} micro-batch(es)"
     work += " (for a CPU there is configs/tiny.py)" * (cpu and accumulate > 1)
     log(f"network: {sum(p.numel() for p in params):,} parameters; torch {torch.__version__}, {work}")
@@ -360,8 +364,9 @@ def main(cfg: Config) -> int | None:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     pictures[f"{dataset}/{name}"] = picture = strip(lq, out, gt, *scores[i, :2].tolist())
                     picture.save(path)
+            key = f"{dataset}: {protocol}"  # another protocol has its own best
             before, value, similar, *unblocked = reduced(scores).mean(0).tolist()  # sums with zeros: exact
-            top, when = best[dataset] = max(best.get(dataset, [value, it]), [value, it], key=lambda b: b[0])
+            top, when = best[key] = max(best.get(key, [value, it]), [value, it], key=lambda b: b[0])
             entry = {"psnr": value, "ssim": similar} | dict(zip(["psnrb"], unblocked, strict=False))
             entry |= {"input_psnr": before, "best_psnr": top, "best_iter": when, "protocol": protocol}
             text = f"validation {dataset}: {value:.2f} dB, SSIM {similar:.4f}"
@@ -408,14 +413,14 @@ def main(cfg: Config) -> int | None:
     numbers = SampleNumbers(cfg.batch_size, rank, world, start, accumulate)
     loader = train_loader(dataset, numbers, min(cfg.num_workers, os.cpu_count() or 1), cuda)
     autocast = torch.autocast(device.type, torch.bfloat16 if amp == "bf16" else torch.float16, "16" in amp)
-    bar = {"total": cfg.total_iters, "initial": start, "disable": None if rank == 0 else True, "unit": "it"}
-    bar["bar_format"] = "{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-    with tqdm(**bar) as bar, Prefetcher(loader, device) as batches:
+    form = "{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+    bar = tqdm(total=cfg.total_iters, initial=start, disable=None if rank == 0 else True, bar_format=form)
+    with bar, Prefetcher(loader, device) as batches:
         since, seen = time.perf_counter(), start
         for it in range(start + 1, cfg.total_iters + 1):
             try:
                 pairs = [next(batches) for _ in range(accumulate)]
-            except ValueError as error:  # a damaged image
+            except OSError as error:  # a damaged image
                 asked["code"] = max(asked["code"], 1)
                 (log if rank == 0 else print)(f"error: {error}; mend or remove it")
             wish = torch.tensor([asked.pop("save", 0), time.perf_counter() > end, asked["code"]])
@@ -423,10 +428,10 @@ def main(cfg: Config) -> int | None:
             if it > start + 1 and (save_now or late or code):
                 save(it - 1)
             if code or (late and it > start + 1):
-                log(f"stopped after iteration {it - 1:,}, which is saved: the same command continues")
+                log(f"stopped after iteration {it - 1:,}{', saved' * (it > 1)}: the same command continues")
                 break
             # The step. DropPath draws from (seed, iteration, rank).
-            torch.manual_seed((cfg.seed * 1_000_003 + it) * 4099 + rank)
+            torch.manual_seed(((cfg.seed * 1_000_003 + it) * 4099 + rank) % 2**63)
             lr = optimizer.param_groups[0]["lr"] = lr_at(it, cfg)
             total = 0.0
             for micro, (lq, gt) in enumerate(pairs):
@@ -468,6 +473,7 @@ def main(cfg: Config) -> int | None:
                 since, batches.wait, seen = time.perf_counter(), 0.0, it
             paused = time.perf_counter()
             if val_sets and cfg.val_freq and (it % cfg.val_freq == 0 or last):
+                bar.set_postfix_str("validating")
                 validate(it)
             if it % cfg.save_checkpoint_freq == 0 or last:
                 save(it)

@@ -140,7 +140,7 @@ def test_signals_to_the_whole_group_leave_the_workers_to_the_trainer(tmp_path):
         for _ in range(2):
             os.killpg(process.pid, signal.SIGTERM)
         assert process.wait(60) == 143, printed()
-        assert f"stopped after iteration {states(tmp_path)[-1]:,}, which is saved" in printed()
+        assert f"stopped after iteration {states(tmp_path)[-1]:,}, saved: " in printed()
     assert len(states(tmp_path)) == 3
 
 

@@ -412,6 +412,7 @@ def test_cli_folders_by_template_alone_in_an_empty_folder(tmp_path: Path) -> Non
         pred = save(tmp_path / "out" / f"{name}x4.png", truth // 2)
         wanted.append([measure(pred, truth, 4, True) for measure in (psnr, ssim, psnrb)])
     (tmp_path / "gt" / "._b.png").touch()
+    save(tmp_path / "gt" / ".cache" / "c.png", noise(40, 44, 3))
     folders = tmp_path / "out", tmp_path / "gt"
     code, out, err = cli(*folders, "--crop_border=4", "--y", "--filename_tmpl={}x4", script=script)
     assert (code, err) == (0, "")

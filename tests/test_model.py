@@ -228,13 +228,12 @@ def test_fine_tuning_says_what_was_taken(tmp_path):
     path = saved(tmp_path / "x2.pth", x2)
     n = len(list(net.parameters()))
     said = load_weights(net, path, strict=False)
-    assert (
-        said == f"{n - 3} of {n} tensors taken; left: conv_first.weight, upsample.0.weight, upsample.0.bias"
-    )
+    left = "conv_first.weight, upsample.0.weight, upsample.0.bias"
+    assert said == f"{path}: {n - 3} of {n} tensors taken; left: {left}"
     assert torch.equal(net.norm.weight, x2.norm.weight)
     with pytest.raises(ValueError, match=r"x2\.pth: .*conv_first\.weight"):
         load_weights(net, path)
-    assert load_weights(SwinIR(**x2.arguments), path) == f"{n} of {n} tensors taken"
+    assert load_weights(SwinIR(**x2.arguments), path) == f"{path}: {n} of {n} tensors taken"
     torch.save({k: torch.zeros(3) for k in net.state_dict()}, path)
     with pytest.raises(ValueError, match=f"0 of {n}"):
         load_weights(net, path, strict=False)

@@ -106,6 +106,12 @@ def test_options_are_read_in_their_type(args, name, value):
         ("--depths=6,x", ["depths", "tuple"]),
         ("--scale=2", ["upsampler"]),
         ("--name=../up", ["name"]),
+        ("--name=", ["name"]),
+        ("--name=..", ["name"]),
+        ("--gt_size=100", ["gt_size", "8"]),
+        ("--degradation=bicubic", ["degradation", "scale > 1"]),
+        ("--quality=200", ["quality", "101"]),
+        ("--sigma=1,2,3 --total_iters=0", ["total_iters", "at least 1 and below 9.22e+18"]),
         ("nowhere.py", ["nowhere.py"]),
         ("--total_iters 5", ["--total_iters=VALUE"]),
     ],
@@ -135,6 +141,14 @@ def test_a_config_file_may_let_options_follow_others(tmp_path):
     cfg = load_config([str(ROOT / "configs/lightweight_sr.py"), "--scale=4"])
     assert (cfg.name, cfg.gt_size, cfg.crop_border, cfg.lr) == ("lightweight_sr_x4", 256, 4, 2e-4)
     assert load_config([str(ROOT / "configs/lightweight_sr.py"), "--gt_size=96"]).gt_size == 96
+    cfg = load_config([str(ROOT / "configs/tiny.py"), "--scale=4"])
+    assert (cfg.name, cfg.gt_size, cfg.upsampler, cfg.degradation) == (
+        "tiny_x4",
+        160,
+        "pixelshuffledirect",
+        "bicubic",
+    )
+    assert (cfg.crop_border, cfg.test_y_channel) == (4, True)
     cfg = load_config([str(ROOT / "configs/jpeg.py"), "--quality=10", "--pretrain_network=f.pth"])
     assert (cfg.name, cfg.lr, cfg.milestones) == ("jpeg_10", 1e-4, (400_000, 600_000, 700_000, 750_000))
     path = tmp_path / "c.py"
@@ -237,13 +251,29 @@ def test_edited_options_are_told_and_impossible_ones_refused(run, tmp_path):
     assert code == 0
     assert "lr: 0.001 -> 0.0005" in text
     assert events(tmp_path)[-1]["lr"] == 5e-4
+    options = ["--total_iters=6", "--betas=0.5,0.6", "--weight_decay=0.1", "--amp=fp16", "--seed=0"]
+    code, text = train(tmp_path, "--dataroot_gt=gt", *options)
+    assert code == 0, text
+    state = tmp_path / "experiments/denoise_color25/training_states/6.state"
+    group = torch.load(state, weights_only=True)["optimizer"]["param_groups"][0]
+    assert (group["betas"], group["weight_decay"]) == ((0.5, 0.6), 0.1)
     code, text = train(tmp_path, "--dataroot_gt=gt", "--embed_dim=24")
     assert (code, "embed_dim can't change" in text, "Traceback" in text) == (1, True, False)
-    code, text = train(tmp_path, "--dataroot_gt=gt", "--total_iters=4", "--lr=5e-4")
+    code, text = train(tmp_path, "--dataroot_gt=gt", "--total_iters=6", "--lr=5e-4")
     assert (code, "finished: the weights are in" in text) == (0, True)
     code, text = train(tmp_path, "--dataroot_gt=gt", "--total_iters=2", "--resume=never")
     assert code == 0
     assert len(list((tmp_path / "experiments").iterdir())) == 2
+
+
+def test_another_protocol_has_its_own_best(tmp_path):
+    photos(tmp_path / "gt")
+    options = "--dataroot_gt=gt", "--val_gt=gt", "--val_freq=2", f"--seed={10**15}"
+    assert train(tmp_path, *options, "--sigma=5", "--total_iters=2")[0] == 0
+    assert train(tmp_path, *options, "--sigma=50", "--total_iters=4")[0] == 0
+    entry = events(tmp_path, "val")[-1]
+    assert (entry["psnr"], entry["iter"]) == (entry["best_psnr"], entry["best_iter"])
+    assert network(tmp_path, "best")["iter"] == 4
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path):
@@ -370,6 +400,27 @@ def test_mistakes_with_data_are_named(tmp_path):
     (gt / "1.png").write_bytes((gt / "1.png").read_bytes()[:-200])
     assert "1.png" in wrong(tmp_path, "--dataroot_gt=gt")
     assert "nothing.pth" in wrong(tmp_path, "--pretrain_network=nothing.pth")
+    photos(tmp_path / "small", size=10)
+    assert "small: SSIM needs 11x11" in wrong(tmp_path, "--dataroot_gt=lq", "--val_gt=small")
+    assert "val_lq" in wrong(tmp_path, "--val_lq=gt")
+    assert "eval_only: give" in wrong(tmp_path, "--eval_only=True")
+
+
+def test_a_mistake_in_a_degradation_keeps_its_traceback(tmp_path):
+    photos(tmp_path / "gt")
+    code = "import sys, numpy, data, train\n"
+    code += (
+        "data.DEGRADATIONS['wrong'] = (lambda gt, rng, cfg: numpy.zeros((2, 3)) @ numpy.zeros((2, 3)), 0)\n"
+    )
+    code += "cfg = train.load_config(sys.argv[1:])\ncfg.degradation = 'wrong'\ntrain.main(cfg)"
+    env = ENV | {"PYTHONPATH": str(ROOT)}
+    for workers in "01":
+        options = [*SMALL.split(), "--dataroot_gt=gt", f"--num_workers={workers}"]
+        done = subprocess.run(
+            [sys.executable, "-c", code, *options], cwd=tmp_path, env=env, capture_output=True, text=True
+        )
+        assert done.returncode == 1 and "mend or remove" not in done.stdout
+        assert "Traceback" in done.stderr and "matmul" in done.stderr, done.stderr
 
 
 def test_waiting_for_data_is_hinted_at(tmp_path):
@@ -405,6 +456,9 @@ def test_fp16_and_bf16_and_no_average_run(tmp_path):
 
 def test_evaluation_names_its_protocol_and_pads_like_the_paper(run, tmp_path):
     cwd, _ = run
+    options = "--eval_only=True", "--pretrain_network=absent.pth", "--drop_path_rate=0.3"
+    code, text = train(cwd, *options)  # in the folder of a run
+    assert (code, "eval_only: give" in text) == (1, True)
     for pad in (False, True):
         options = ["--eval_only=True", "--pretrain_network=experiments/denoise_color25/models/net_g_6.pth"]
         options += [f"--name=eval{pad}", "--val_gt=gt", "--gt_size=16", f"--pad_window={pad}", "--amp=none"]
