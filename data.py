@@ -42,7 +42,7 @@ def list_images(root: str | Path) -> list[Path]:
         subfolders[:] = sorted(inner[real] for real in inner.keys() - entered)
         entered |= inner.keys()
         paths += [Path(folder, f) for f in files if f[0] != "." and Path(f).suffix.lower() in kinds]
-    need(paths, f"{root} " + ("has no " + ", ".join(kinds) if os.path.isdir(root) else "is not there"))
+    need(paths, f"{root} " + ("has no " + ", ".join(kinds) if os.path.isdir(root) else "is no folder"))
     return sorted(paths)
 
 
@@ -89,7 +89,7 @@ def to_channels(img: np.ndarray, in_chans: int | None) -> np.ndarray:
 
 
 def to_float(img: np.ndarray) -> np.ndarray:
-    """uint8 or uint16 -> float32 in [0, 1]; float32 as it is."""
+    """uint8 or uint16 -> float32 in [0, 1]; floats as they are."""
     return img.astype(np.float32) / np.float32(np.iinfo(img.dtype).max) if img.dtype.kind == "u" else img
 
 
@@ -180,7 +180,7 @@ class PackedImages:
             index = data[-16 - int.from_bytes(data[-16:-8].tobytes(), "little") : -16].tobytes()
             self.names, self.shapes, self.depths, self.starts = json.loads(index)
         except Exception:  # NumPy takes zip files for archives of arrays
-            raise ValueError(f"{root} is not a whole packed file: make it by python data.py pack") from None
+            raise ValueError(f"{root} is neither a folder nor a whole file of python data.py pack") from None
 
     def __reduce__(self) -> tuple:  # a spawned worker maps the file anew, where pickle would copy it
         return PackedImages, (self.root,)
@@ -388,7 +388,6 @@ class ValidationImages(PairedImageDataset):
         fixed = {"gt_size": options.get("scale", 1), "seed": -1, "cache_gb": 0, "whole": True}
         super().__init__(val_gt, val_lq, **fixed, **options)  # all are decoded, lest one end a run later
         self.pairs = self.pairs or [(self.synthetic, i, None, i, *2 * [256 // self.scale]) for i in range(n)]
-        need(min(min(p[4:]) for p in self.pairs) * self.scale > 10, f"{val_gt}: SSIM needs 11x11 pixels")
 
     def __getitem__(self, i: int) -> dict:
         gt, k, lq, j, h, w = self.pairs[i]
@@ -396,7 +395,7 @@ class ValidationImages(PairedImageDataset):
         gt = to_channels(gt[k][: h * self.scale, : w * self.scale], self.in_chans).copy()
         rng = np.random.RandomState(0) if self.degrade is add_noise else sample_rng(0, i)
         lq = lq[j][:h, :w] if lq else self.degrade(gt, rng, self)
-        lq = torch.from_numpy(to_float(to_channels(lq, self.in_chans)).transpose(2, 0, 1).copy())
+        lq = torch.from_numpy(to_float(to_channels(lq, self.in_chans)).transpose(2, 0, 1).copy()).float()
         return {"name": name, "lq": lq, "gt": gt}
 
 
@@ -434,7 +433,7 @@ class Prefetcher:
     def load(self) -> tuple[list[torch.Tensor], torch.cuda.Event | None]:
         with torch.cuda.stream(self.stream):  # None changes nothing
             batch = [images.to(self.device, non_blocking=True) for images in next(self.batches)]
-            batch = [x.float() / 255 if x.dtype == torch.uint8 else x for x in batch]
+            batch = [x.float() / 255 if x.dtype == torch.uint8 else x.float() for x in batch]
             return batch, self.stream and self.stream.record_event()
 
     def __next__(self) -> list[torch.Tensor]:
@@ -474,13 +473,14 @@ def main(command: str = "", *arguments: str) -> None:
     options |= zip(("dataroot_gt", "dataroot_lq"), paths, strict=False) if command == "check" else {}
     known = {k: v(type("cfg", (), options)) if callable(v := options[k]) else v for k in names}
     if command == "pack" and len(paths) == 2:
-        pack(*paths)
+        pack(paths[0], Path(paths[1]).with_suffix(".npy"))  # never over an image
     elif command == "check" and known["dataroot_gt"]:  # decode all
         how = [known[k] for k in "dataroot_gt dataroot_lq scale filename_tmpl meta_info_file".split()]
         groups, _, problems, notices = open_pairs(*how, whole=True, gt_size=known["gt_size"])
         print(f"{sum(map(len, groups))} images or pairs can be used", *notices, *problems, sep="\n")
         sys.exit(f"problems: {len(problems)}" if problems else print("no problems"))
     elif command == "preview" and len(paths) == 1:
+        need(not Path(paths[0]).exists(), f"{paths[0]} is there already: give a name that isn't")
         lq, gt = next(Prefetcher(train_loader(PairedImageDataset(**known), SampleNumbers(8), 0), "cpu"))
         sheet = torch.cat([torch.nn.functional.interpolate(lq, gt.shape[2:]), gt], 2).clip(0, 1) * 255
         sheet = sheet.expand(-1, 3, -1, -1).round().byte().permute(2, 0, 3, 1).flatten(1, 2)

@@ -458,8 +458,8 @@ def main() -> int | str | None:
     cli.add_argument("--bf16", action="store_true", help="compute in bfloat16: faster, a little less exact")
     cli.add_argument("--onnx", type=Path, metavar="FILE", help="write the network as ONNX instead")
     args, failed = cli.parse_args(), []
-    if args.onnx:
-        return print(f"{args.onnx}: {export_onnx(load(args.net), args.onnx)}")
+    if file := args.onnx and args.onnx.with_suffix(".onnx"):
+        return print(f"{file}: {export_onnx(load(args.net), file)}")
     if not args.output or args.output.suffix.lower() in (".jpg", ".jpeg", ".tif", ".webp", ".bmp"):
         cli.error("give NET INPUT OUTPUT: of an image to a .png file or a folder, of a folder to a folder")
     net, source, target = load(args.net, device=args.device), args.input, args.output
@@ -472,8 +472,9 @@ def main() -> int | str | None:
         jobs = [(source / p, target / p.with_suffix(p.suffix * (same[names[p]] > 1) + ".png")) for p in names]
     if not jobs or not source.exists():
         raise ValueError(f"{source}: " + ("holds no images" if source.exists() else "is not there"))
-    if any(out.resolve().is_relative_to(source.resolve()) for _, out in jobs):
-        raise ValueError(f"{target}: the output must not lie in {source}, nor be it")
+    here = source.resolve()
+    if target.resolve() == here.parent or any(out.resolve().is_relative_to(here) for _, out in jobs):
+        raise ValueError(f"{target}: the output must not lie in {source} or beside it, nor be it")
     for path, out in tqdm(jobs, str(target), unit="image"):
         out.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -175,8 +175,7 @@ def check(cfg: Config) -> None:
     need((cfg.upsampler == "") == (cfg.scale == 1), "upsampler", "'' for scale=1, else pixelshuffledirect")
     flat = {"noise": True, "jpeg": True, "bicubic": False}.get(cfg.degradation, cfg.scale == 1)
     need(cfg.dataroot_lq or flat == (cfg.scale == 1), "degradation", "bicubic if scale > 1, and only then")
-    step = cfg.scale * cfg.window_size  # in pixels of the ground truth
-    need(cfg.gt_size % step == 0, "gt_size", f"a multiple of scale x window_size, {step}")
+    need(cfg.gt_size % (cfg.scale * cfg.window_size) == 0, "gt_size", "a multiple of scale x window_size")
 
 
 def options_of(function: Any, cfg: Config) -> dict[str, Any]:
@@ -308,8 +307,9 @@ def main(cfg: Config) -> int | None:
     told = [f"{k}: {a} -> {b}" if start else f"{k}={b}" for k, (a, b) in changed.items()]
     log(f"options: {', '.join(told) or ('as before' if start else 'the defaults')}")
     fixed = {*options_of(SwinIR, cfg), "scale", "seed", "batch_size", "optimizer"} - {"use_checkpoint"}
+    fixed |= set() if cfg.dataroot_gt or cfg.eval_only else {"dataroot_gt"}  # it may have been forgotten
     if start and (fixed := sorted(fixed & changed.keys())):
-        raise SystemExit(f"{', '.join(fixed)} can't change in a run: use another --name, or --resume=never")
+        raise SystemExit(f"{', '.join(fixed)} can't change or vanish: use another --name, or --resume=never")
     if cfg.eval_only and (bool(start) == bool(cfg.pretrain_network) or not val_sets):
         raise SystemExit("eval_only: give the --name of a run, or --pretrain_network and a --name of its own")
     found = f"{len(dataset):,} image(s)" if cfg.dataroot_gt else "synthetic images (no dataroot_gt given)"
@@ -473,7 +473,6 @@ def main(cfg: Config) -> int | None:
                 since, batches.wait, seen = time.perf_counter(), 0.0, it
             paused = time.perf_counter()
             if val_sets and cfg.val_freq and (it % cfg.val_freq == 0 or last):
-                bar.set_postfix_str("validating")
                 validate(it)
             if it % cfg.save_checkpoint_freq == 0 or last:
                 save(it)

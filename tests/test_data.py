@@ -333,6 +333,12 @@ def test_own_degradation_is_one_function_and_one_line(folder, monkeypatch):
     )
     assert PairedImageDataset(folder, degradation="dark", gt_size=32)[0][0].max() < 128
     assert ValidationImages(folder, degradation="dark")[0]["lq"].max() <= 0.5  # the same kind of rng
+    monkeypatch.setitem(data.DEGRADATIONS, "double", (lambda gt, rng, cfg: gt / 255.0, 0))
+    dataset = PairedImageDataset(folder, degradation="double", gt_size=32)
+    with Prefetcher(train_loader(dataset, SampleNumbers(2), 0), "cpu") as batches:
+        lq, gt = next(batches)
+    assert lq.dtype == torch.float32 and torch.allclose(lq, gt)
+    assert ValidationImages(folder, degradation="double")[0]["lq"].dtype == torch.float32
 
 
 # ---- pairs ----
@@ -500,6 +506,12 @@ def test_packed_pairs_and_roots(tmp_path):
     assert all(same([a[n]], [b[n]]) for n in range(40))
 
 
+def test_packing_never_overwrites_an_image(folder):
+    before = (folder / "1.png").read_bytes()
+    assert run_cli("pack", folder, folder / "1.png")[0] == 0
+    assert (folder / "1.png").read_bytes() == before and (folder / "1.npy").exists()
+
+
 def test_half_a_packed_file_is_refused(folder, tmp_path):
     data.pack(folder, tmp_path / "x.npy")
     whole = (tmp_path / "x.npy").read_bytes()
@@ -512,7 +524,7 @@ def test_half_a_packed_file_is_refused(folder, tmp_path):
         b"no" * 999,
     ):
         (tmp_path / "half.npy").write_bytes(content)
-        with pytest.raises(ValueError, match=r"half\.npy is not a whole packed file"):
+        with pytest.raises(ValueError, match=r"half\.npy is neither a folder nor a whole"):
             PairedImageDataset(tmp_path / "half.npy")
 
 
@@ -532,7 +544,7 @@ def test_killed_packing_leaves_nothing_that_passes_for_whole(tmp_path):
             assert len(PackedImages(target).names) == 60
             target.unlink()
         elif (tmp_path / "x.npy.partial").exists():
-            with pytest.raises(ValueError, match="not a whole"):
+            with pytest.raises(ValueError, match="nor a whole"):
                 PackedImages(tmp_path / "x.npy.partial")
     assert run_cli("pack", tmp_path / "gt", target)[0] == 0 and len(PackedImages(target).names) == 60
 
@@ -687,7 +699,7 @@ def test_command_line(folder, tmp_path):
     assert run_cli("preview", config, tmp_path / "sheet.png", "--degradation=jpeg")[0] == 0
     assert Image.open(tmp_path / "sheet.png").size == (8 * 32 * 4, 2 * 32 * 4)  # enlarged by a whole factor
     code, text = run_cli("check", tmp_path / "absent")
-    assert code == 1 and "absent is not there" in text and text.count("\n") == 1
+    assert code == 1 and "absent is no folder" in text and text.count("\n") == 1
     assert run_cli()[0] == 1
 
 
@@ -709,6 +721,9 @@ def test_check_and_preview_say_what_they_looked_at(folder, tmp_path):
     code, text = run_cli("preview", tmp_path / "sheet.png", *options)
     assert code == 0 and "sheet.png" in text, text
     config.write_text("gt_size = lambda cfg: 16 * cfg.scale\n")  # of Config's default
+    code, text = run_cli("preview", config, tmp_path / "sheet.png", f"--dataroot_gt={folder}")
+    assert code == 1 and "sheet.png is there already" in text, text
+    (tmp_path / "sheet.png").unlink()
     assert run_cli("preview", config, tmp_path / "sheet.png", f"--dataroot_gt={folder}")[0] == 0
     assert Image.open(tmp_path / "sheet.png").size == (8 * 16 * 7, 2 * 16 * 7)
     for wrong in (
@@ -718,7 +733,7 @@ def test_check_and_preview_say_what_they_looked_at(folder, tmp_path):
         "--dataset_weights=a,b",
         "--dataset_weights=1,2",
     ):
-        code, text = run_cli("preview", tmp_path / "sheet.png", f"--dataroot_gt={folder}", wrong)
+        code, text = run_cli("preview", tmp_path / "other.png", f"--dataroot_gt={folder}", wrong)
         assert code == 1 and text.startswith("error: ") and "Traceback" not in text, text
         assert wrong == "--scale=2x" or wrong[2:].split("=")[0] in text, text
     assert run_cli("check", folder, folder, "--scale=0")[1].startswith("error: ")

@@ -574,6 +574,7 @@ def test_a_users_mistakes_are_said_in_a_sentence(tmp_path):
         ((net, tmp_path / "a", tmp_path / "a"), "must not lie in"),
         ((net, tmp_path / "a", tmp_path / "a" / "out"), "must not lie in"),
         ((net, image, image), "nor be it"),
+        ((net, image, tmp_path / "a"), "beside it"),
         ((net, tmp_path / "empty", tmp_path / "out"), "holds no images"),
         ((net, tmp_path / "none.png", tmp_path / "out"), "none.png"),
         ((tmp_path / "none.pth", image, tmp_path / "out"), "none.pth: No such file"),
@@ -607,7 +608,8 @@ def test_onnx_is_the_network_at_any_size(tmp_path, upsampler, upscale):
 
 @pytest.mark.skipif(find_spec("onnx") is None, reason="needs onnx")
 def test_onnx_by_command(tmp_path):
-    done = run(saved(tmp_path / "net.pth", identity()), "--onnx", tmp_path / "net.onnx")
+    done = run(net := saved(tmp_path / "net.pth", identity()), "--onnx", net)  # not over the checkpoint
+    assert load(net) and (tmp_path / "net.onnx").exists()
     assert done.returncode == 0 and "opset 18" in done.stdout, done.stderr
     assert len(done.stderr.splitlines()) == 0, done.stderr
 

@@ -108,7 +108,7 @@ def test_options_are_read_in_their_type(args, name, value):
         ("--name=../up", ["name"]),
         ("--name=", ["name"]),
         ("--name=..", ["name"]),
-        ("--gt_size=100", ["gt_size", "8"]),
+        ("--gt_size=100", ["gt_size", "window_size"]),
         ("--degradation=bicubic", ["degradation", "scale > 1"]),
         ("--quality=200", ["quality", "101"]),
         ("--sigma=1,2,3 --total_iters=0", ["total_iters", "at least 1 and below 9.22e+18"]),
@@ -257,6 +257,8 @@ def test_edited_options_are_told_and_impossible_ones_refused(run, tmp_path):
     state = tmp_path / "experiments/denoise_color25/training_states/6.state"
     group = torch.load(state, weights_only=True)["optimizer"]["param_groups"][0]
     assert (group["betas"], group["weight_decay"]) == ((0.5, 0.6), 0.1)
+    code, text = train(tmp_path, "--total_iters=8")
+    assert (code, "dataroot_gt can't change or vanish" in text) == (1, True)
     code, text = train(tmp_path, "--dataroot_gt=gt", "--embed_dim=24")
     assert (code, "embed_dim can't change" in text, "Traceback" in text) == (1, True, False)
     code, text = train(tmp_path, "--dataroot_gt=gt", "--total_iters=6", "--lr=5e-4")
@@ -400,8 +402,6 @@ def test_mistakes_with_data_are_named(tmp_path):
     (gt / "1.png").write_bytes((gt / "1.png").read_bytes()[:-200])
     assert "1.png" in wrong(tmp_path, "--dataroot_gt=gt")
     assert "nothing.pth" in wrong(tmp_path, "--pretrain_network=nothing.pth")
-    photos(tmp_path / "small", size=10)
-    assert "small: SSIM needs 11x11" in wrong(tmp_path, "--dataroot_gt=lq", "--val_gt=small")
     assert "val_lq" in wrong(tmp_path, "--val_lq=gt")
     assert "eval_only: give" in wrong(tmp_path, "--eval_only=True")
 
