@@ -89,8 +89,8 @@ def to_channels(img: np.ndarray, in_chans: int | None) -> np.ndarray:
 
 
 def to_float(img: np.ndarray) -> np.ndarray:
-    """uint8 or uint16 -> float32 in [0, 1]; floats as they are."""
-    return img.astype(np.float32) / np.float32(np.iinfo(img.dtype).max) if img.dtype.kind == "u" else img
+    """uint8 or uint16 -> float32 in [0, 1]; floats in it -> float32."""
+    return np.divide(img, np.iinfo(img.dtype).max if img.dtype.kind == "u" else 1, dtype=np.float32)
 
 
 def imresize(img: np.ndarray, scale: float) -> np.ndarray:
@@ -395,7 +395,7 @@ class ValidationImages(PairedImageDataset):
         gt = to_channels(gt[k][: h * self.scale, : w * self.scale], self.in_chans).copy()
         rng = np.random.RandomState(0) if self.degrade is add_noise else sample_rng(0, i)
         lq = lq[j][:h, :w] if lq else self.degrade(gt, rng, self)
-        lq = torch.from_numpy(to_float(to_channels(lq, self.in_chans)).transpose(2, 0, 1).copy()).float()
+        lq = torch.from_numpy(to_float(to_channels(lq, self.in_chans)).transpose(2, 0, 1).copy())
         return {"name": name, "lq": lq, "gt": gt}
 
 

@@ -199,7 +199,7 @@ def test_a_damaged_image_ends_the_run_after_what_came_before_is_saved(tmp_path, 
     for _ in range(2):  # a second try changes nothing
         begin = time.time()
         code, text = train(tmp_path, *options, ranks=ranks)
-        assert time.time() - begin < 30 and "Alarm" not in text  # for which workers wait, left alone
+        assert time.time() - begin < 30 and "Alarm" not in text  # workers, left alone, would wait
         assert code == 1 and image.name in text and states(tmp_path) == [1], text
     image.write_bytes(good)
     code, text = train(tmp_path, *options, ranks=ranks)
