@@ -64,27 +64,28 @@ normal_ = partial(nn.init.trunc_normal_, std=0.02)
 HEADS = ("", "pixelshuffledirect", "pixelshuffle", "nearest+conv")  # what `upsampler` may be
 BUFFERS = ("attn_mask", "relative_position_index")
 PREFIX = re.compile(r"^((module|_orig_mod)\.)+")  # of DataParallel and torch.compile
+AMD = Path("/proc/cpuinfo").exists() and "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
 shared: dict = {}  # buffers by content, so that a file holds one copy for all blocks
 
 
-def by_mkl(x: Tensor) -> bool:
-    """Whether PyTorch multiplies x by MKL: eager float32 on a CPU."""
+def slow_mkl(x: Tensor) -> bool:
+    """Whether PyTorch multiplies x by MKL on an AMD CPU: eager float32."""
     eager = not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or torch.jit.is_tracing())
-    return eager and x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkl.is_available()
+    return AMD and eager and x.dtype == torch.float32 and x.device.type == "cpu"
 
 
 class Linear(nn.Linear):
-    """In MKL's place oneDNN, by a 1x1 convolution: half the time."""
+    """In place of a slow MKL oneDNN, by a 1x1 convolution: half the time."""
 
     def forward(self, x: Tensor) -> Tensor:  # (B, L, C)
-        if not by_mkl(x):
+        if not slow_mkl(x):
             return super().forward(x)
         y = F.conv2d(x[:, None].permute(0, 3, 1, 2), self.weight[..., None, None], self.bias)
         return y.permute(0, 2, 3, 1)[:, 0]
 
 
 class MatMul(torch.autograd.Function):
-    """a @ b for MKL: what is narrow is computed transposed, in down to a third of the time."""
+    """a @ b for a slow MKL: what is narrow is computed transposed, in down to a third of the time."""
 
     product = staticmethod(lambda a, b: a @ b if a.shape[-2] <= b.shape[-1] else (b.mT @ a.mT).mT)
 
@@ -114,7 +115,7 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         B, L, C = x.shape
         N, h = self.window**2, self.heads
-        matmul = MatMul.apply if by_mkl(x) else torch.matmul
+        matmul = MatMul.apply if slow_mkl(x) else torch.matmul
         qkv = self.qkv(x).view(-1, N, 3, h, C // h).unbind(2)
         q, k, v = (i.transpose(1, 2).contiguous() for i in qkv)  # (B*n, h, N, d)
         bias = F.embedding(self.relative_position_index, self.relative_position_bias_table)  # (N, N, h)
@@ -337,7 +338,7 @@ def load_weights(net: SwinIR, path: str | Path, param_key: str = "params_ema", s
     left = [k for k in own | weights if k not in taken and not k.endswith(BUFFERS)]
     names = ", ".join(left[:5]) + f" and {len(left) - 5} more" * (len(left) > 5)
     if not taken or (strict and left):
-        raise ValueError(f"{path}: {len(taken)} of {len(own)} tensors fit, but not {names}")
+        raise ValueError(f"{path}: {names} don't fit; strict_load=False takes {len(taken)} of {len(own)}")
     net.load_state_dict(taken, strict=False)
     return f"{path}: {len(taken)} of {len(own)} tensors taken" + (f"; left: {names}" if left else "")
 
@@ -440,8 +441,7 @@ def export_onnx(net: SwinIR, path: Path) -> str:
         return "opset 18, any size; not compared with PyTorch: pip install onnxruntime"
     session, xs = InferenceSession(path), [torch.rand(1, C, 3 * w, 4 * w), torch.rand(2, C, w + 3, 2 * w - 1)]
     worst = max(abs(session.run(None, {"x": x.numpy()})[0] - restore(net, x).numpy()).max() for x in xs)
-    if not worst < 1e-3:
-        raise ValueError(f"{path}: not fit for use: ONNX and PyTorch differ by {worst:.1e}")
+    assert worst < 1e-3, f"{path}: not fit for use: ONNX and PyTorch differ by {worst:.1e}"
     return f"opset 18, any size, within {worst:.1e} of PyTorch at two sizes"
 
 
@@ -460,11 +460,12 @@ def main() -> int | str | None:
     args, failed = cli.parse_args(), []
     if file := args.onnx and args.onnx.with_suffix(".onnx"):
         return print(f"{file}: {export_onnx(load(args.net), file)}")
-    if not args.output or args.output.suffix.lower() in (".jpg", ".jpeg", ".tif", ".webp", ".bmp"):
+    source, target, suffix = args.input, args.output, args.output and args.output.suffix.lower()
+    if suffix in (None, ".jpg", ".jpeg", ".tif", ".webp", ".bmp") or (suffix == ".png" and source.is_dir()):
         cli.error("give NET INPUT OUTPUT: of an image to a .png file or a folder, of a folder to a folder")
-    net, source, target = load(args.net, device=args.device), args.input, args.output
-    jobs = [(source, target if target.suffix.lower() == ".png" else target / f"{source.stem}.png")]
-    if source.is_dir() and target.suffix.lower() != ".png":
+    net = load(args.net, device=args.device)
+    jobs = [(source, target if suffix == ".png" else target / f"{source.stem}.png")]
+    if source.is_dir():
         kinds = ".bmp .jpeg .jpg .pbm .pgm .png .ppm .tif .tiff .webp".split()
         found = (p.relative_to(source) for p in sorted(source.rglob("*")) if p.suffix.lower() in kinds)
         names = {p: str(p.with_suffix("")).lower() for p in found if "/." not in f"/{p.as_posix()}"}

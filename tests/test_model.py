@@ -67,7 +67,7 @@ def gradients(net, z):
 @pytest.mark.parametrize("fast", [True, False], ids=["oneDNN", "plain"])
 @pytest.mark.parametrize("path", CASES, ids=lambda p: p.stem)
 def test_output_and_gradients_are_the_authors(path, fast, monkeypatch):
-    monkeypatch.setattr(model, "by_mkl", lambda x: fast)
+    monkeypatch.setattr(model, "slow_mkl", lambda x: fast)
     z, net = golden_network(path)
     net.eval()
     loss, grads = gradients(net, z)
@@ -231,7 +231,7 @@ def test_fine_tuning_says_what_was_taken(tmp_path):
     left = "conv_first.weight, upsample.0.weight, upsample.0.bias"
     assert said == f"{path}: {n - 3} of {n} tensors taken; left: {left}"
     assert torch.equal(net.norm.weight, x2.norm.weight)
-    with pytest.raises(ValueError, match=r"x2\.pth: .*conv_first\.weight"):
+    with pytest.raises(ValueError, match=rf"x2\.pth: conv_first\.weight.*strict_load=False takes {n - 3}"):
         load_weights(net, path)
     assert load_weights(SwinIR(**x2.arguments), path) == f"{path}: {n} of {n} tensors taken"
     torch.save({k: torch.zeros(3) for k in net.state_dict()}, path)
@@ -583,7 +583,7 @@ def test_a_users_mistakes_are_said_in_a_sentence(tmp_path):
         ((net, image, tmp_path / "out", "--device=nonsense"), ""),
         ((net, image), "INPUT OUTPUT"),
         ((net, image, tmp_path / "out.jpg"), "a .png file or a folder"),
-        ((net, tmp_path / "a", tmp_path / "out.png"), "1 of 1 images failed"),
+        ((net, tmp_path / "a", tmp_path / "out.png"), "of a folder to a folder"),
     ):
         done = run(*arguments)
         assert done.returncode in (1, 2) and said in done.stderr, (arguments, done.stderr)
