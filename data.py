@@ -81,11 +81,9 @@ def read_image(path: str | Path, in_chans: int | None = None, header: bool = Fal
 
 def to_channels(img: np.ndarray, in_chans: int | None) -> np.ndarray:
     """(H, W, C) -> (H, W, in_chans). Gray is the BT.601 luma, rounded like Pillow's convert('L')."""
-    if in_chans in (None, img.shape[2]):
-        return img
-    if in_chans == 3:
-        return np.repeat(img, 3, axis=2)
-    return (img @ np.array([19595, 38470, 7471], "u4") + 0x8000 >> 16).astype(img.dtype)[..., None]
+    if in_chans == 1 != img.shape[2]:
+        return (img @ np.array([19595, 38470, 7471], "u4") + 0x8000 >> 16).astype(img.dtype)[..., None]
+    return np.repeat(img, 3, axis=2) if in_chans == 3 != img.shape[2] else img
 
 
 def to_float(img: np.ndarray) -> np.ndarray:
@@ -333,6 +331,10 @@ class PairedImageDataset(Dataset):
         self.pairs = [pair for pairs in self.groups for pair in pairs]
         self.synthetic = None if sources else SyntheticImages(seed, max(256, 2 * gt_size), in_chans)
         self.epoch, self.rng, self.eight_bit = None, sample_rng(0, 0), not any(2 in s.depths for s in sources)
+        if self.degrade:  # on trial: results of another kind would spoil the training in silence
+            lq = self.degrade(np.full((64 * scale, 64 * scale, in_chans), 128, np.uint8), self.rng, self)
+            fine = lq.shape == (64, 64, in_chans) and (lq.dtype == np.uint8 or np.mean(lq) < 9)
+            need(fine, f"{degradation} must return (H / scale, W / scale, C), uint8 or floats in [0, 1]")
 
     def __len__(self) -> int:
         return len(self.pairs) or SyntheticImages.POOL

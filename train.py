@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import PairedImageDataset, Prefetcher, SampleNumbers, ValidationImages, imresize, train_loader
+from data import PairedImageDataset, Prefetcher, SampleNumbers, ValidationImages, imresize, need, train_loader
 from metrics import LOSSES, Log, psnr, psnrb, ssim, strip
 from model import SwinIR, load_weights, portable, restore
 
@@ -156,26 +156,26 @@ def load_config(argv: list[str]) -> Config:
 def check(cfg: Config) -> None:
     """SystemExit with a sentence for values that can't work. Network and data check theirs themselves."""
 
-    def need(fine: Any, name: str, what: str) -> None:
+    def must(fine: Any, name: str, what: str) -> None:
         if not fine:
             raise SystemExit(f"{name}={getattr(cfg, name)!r:.60} can't work: it must be {what}")
 
     for name, value in vars(cfg).items():
         numbers = [v for v in (value if isinstance(value, tuple) else [value]) if type(v) in (int, float)]
-        need(type(value) is not tuple or "_" in name or len(numbers) == len(value), name, "numbers, as 6,6")
+        must(type(value) is not tuple or "_" in name or len(numbers) == len(value), name, "numbers, as 6,6")
         default = getattr(Config, name)  # what is at least 1 by default makes no sense at 0
         low = int(type(default) is int and default > 0 and name[:4] not in ("num_", "val_", "keep"))
         high = {"betas": 1, "ema_decay": 1, "drop_path_rate": 1, "quality": 101}.get(name, 2.0**63)
-        need(all(low <= v < high for v in numbers), name, f"at least {low} and below {high:.3g}")
-    need(len(cfg.betas) == 2, "betas", "two numbers")
+        must(all(low <= v < high for v in numbers), name, f"at least {low} and below {high:.3g}")
+    must(len(cfg.betas) == 2, "betas", "two numbers")
     whole = all(type(v) is int and v > 0 for v in cfg.depths + cfg.num_heads)
-    need(cfg.depths and whole, "depths", "positive whole numbers, and so num_heads")
+    must(cfg.depths and whole, "depths", "positive whole numbers, and so num_heads")
     fine = cfg.name.strip(".") and cfg.name == Path(cfg.name).name and cfg.name.isprintable()
-    need(fine, "name", "the name of a folder")
-    need((cfg.upsampler == "") == (cfg.scale == 1), "upsampler", "'' for scale=1, else pixelshuffledirect")
+    must(fine, "name", "the name of a folder")
+    must((cfg.upsampler == "") == (cfg.scale == 1), "upsampler", "'' for scale=1, else pixelshuffledirect")
     flat = {"noise": True, "jpeg": True, "bicubic": False}.get(cfg.degradation, cfg.scale == 1)
-    need(cfg.dataroot_lq or flat == (cfg.scale == 1), "degradation", "bicubic if scale > 1, and only then")
-    need(cfg.gt_size % (cfg.scale * cfg.window_size) == 0, "gt_size", "a multiple of scale x window_size")
+    must(cfg.dataroot_lq or flat == (cfg.scale == 1), "degradation", "bicubic if scale > 1, and only then")
+    must(cfg.gt_size % (cfg.scale * cfg.window_size) == 0, "gt_size", "a multiple of scale x window_size")
 
 
 def options_of(function: Any, cfg: Config) -> dict[str, Any]:
@@ -197,8 +197,7 @@ def hardware(cfg: Config, world: int) -> tuple[torch.device, str, int]:
     """What `auto` and None stand for here: the device, the precision, the micro-batches per step and rank."""
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kind = next(k for k, there in found.items() if there) if cfg.device == "auto" else cfg.device
-    if not found[kind]:
-        raise SystemExit(f"device={kind}: PyTorch finds none here; --device=auto takes what there is")
+    need(found[kind], f"device={kind}: PyTorch finds none here; --device=auto takes what there is")
     bf16 = kind == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -220,14 +219,16 @@ def hardware(cfg: Config, world: int) -> tuple[torch.device, str, int]:
 def open_data(cfg: Config) -> tuple[PairedImageDataset, dict[str, ValidationImages]]:
     """The training pairs, and the validation sets by name."""
     gt, lq = (v if isinstance(v, tuple) else (v,) for v in (cfg.val_gt, cfg.val_lq))
-    if cfg.val_lq and (not cfg.val_gt or len(lq) != len(gt)):
-        raise SystemExit(f"val_lq={cfg.val_lq} must have one entry for each of val_gt={cfg.val_gt}")
+    need(not cfg.val_lq or (cfg.val_gt and len(lq) == len(gt)), "give one val_lq for each val_gt")
     val_sets, shared = {}, {k: getattr(cfg, k) for k in ("degradation", "scale", "in_chans", "filename_tmpl")}
     shared["sigma"], shared["quality"] = np.max(cfg.sigma), np.min(cfg.quality)
     for i, root in enumerate(gt if cfg.val_gt or not cfg.dataroot_lq else ()):
         name = Path(root).resolve().stem if root else "synthetic"
         name += f"_{i + 1}" * (name in val_sets)  # folders of the same name
-        val_sets[name] = ValidationImages(root, lq[i] if cfg.val_lq else None, **shared)
+        images = val_sets[name] = ValidationImages(root, lq[i] if cfg.val_lq else None, **shared)
+        side, file = min((min(h, w), source.names[i] if root else "") for source, i, *_, h, w in images.pairs)
+        fine = side * cfg.scale - 2 * cfg.crop_border >= (16 if cfg.degradation == "jpeg" else 11)
+        need(fine or not cfg.val_freq, f"{root}/{file}: too small to validate it inside crop_border")
     return PairedImageDataset(**options_of(PairedImageDataset, cfg)), val_sets
 
 
@@ -269,12 +270,9 @@ def last_checkpoint(folder: Path) -> tuple[dict, dict]:
     """(state, weights) of the newest checkpoint that is whole, with a warning for those that aren't."""
     for state in sorted(folder.glob("training_states/*.state"), key=lambda p: int(p.stem), reverse=True):
         try:
-            files = []
-            for path in (state, folder / "models" / f"net_g_{state.stem}.pth"):
-                if zipfile.ZipFile(path).testzip():  # torch.load doesn't compare checksums
-                    raise ValueError
-                files.append(torch.load(path, map_location="cpu", weights_only=True))
-            return tuple(files)
+            for path in (paths := (state, folder / "models" / f"net_g_{state.stem}.pth")):
+                need(not zipfile.ZipFile(path).testzip(), "damaged")  # torch.load compares no checksums
+            return tuple(torch.load(path, map_location="cpu", weights_only=True) for path in paths)
         except Exception:
             print(f"warning: {path} is damaged: the one before it is used, if there is one", file=sys.stderr)
     return {"iter": 0, "best": {}, "config": vars(Config())}, {}
@@ -467,8 +465,7 @@ def main(cfg: Config) -> int | None:
                 text += f"{batches.wait / spent:.0%} waiting for data" + f", {bad:.0f} skipped" * (bad > 0)
                 text += " (try data.py pack or --num_workers)" * (batches.wait > spent / 4 and seen > start)
                 log(text, event="train", iter=it, **entry)
-                if row >= 50:
-                    raise SystemExit("stopped: no finite loss in 50 steps; lower --lr, or try --grad_clip=1")
+                need(row < 50, "stopped: no finite loss in 50 steps; lower --lr, or try --grad_clip=1")
                 sums[:4] = 0
                 since, batches.wait, seen = time.perf_counter(), 0.0, it
             paused = time.perf_counter()

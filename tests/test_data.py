@@ -339,6 +339,15 @@ def test_own_degradation_is_one_function_and_one_line(folder, monkeypatch):
         lq, gt = next(batches)
     assert lq.dtype == torch.float32 and torch.allclose(lq, gt)
     assert ValidationImages(folder, degradation="double")[0]["lq"].dtype == torch.float32
+    for wrong in (
+        lambda gt, rng, cfg: gt.astype(int) - 1,
+        lambda gt, rng, cfg: gt.astype(np.float32),
+        lambda gt, rng, cfg: gt[::2, ::2],
+        lambda gt, rng, cfg: gt[..., 0],
+    ):
+        monkeypatch.setitem(data.DEGRADATIONS, "wrong", (wrong, 0))
+        with pytest.raises(ValueError, match="wrong must return"):
+            PairedImageDataset(folder, degradation="wrong")
 
 
 # ---- pairs ----

@@ -404,14 +404,18 @@ def test_mistakes_with_data_are_named(tmp_path):
     assert "nothing.pth" in wrong(tmp_path, "--pretrain_network=nothing.pth")
     assert "val_lq" in wrong(tmp_path, "--val_lq=gt")
     assert "eval_only: give" in wrong(tmp_path, "--eval_only=True")
+    Image.new("RGB", (64, 12)).save(tmp_path / "empty" / "flat.png")
+    assert "empty/flat.png: too small" in wrong(tmp_path, "--val_gt=empty", "--val_freq=2", "--crop_border=1")
+    assert "empty/flat.png: too small" in wrong(
+        tmp_path, "--val_gt=empty", "--val_freq=2", "--degradation=jpeg"
+    )
 
 
 def test_a_mistake_in_a_degradation_keeps_its_traceback(tmp_path):
     photos(tmp_path / "gt")
     code = "import sys, numpy, data, train\n"
-    code += (
-        "data.DEGRADATIONS['wrong'] = (lambda gt, rng, cfg: numpy.zeros((2, 3)) @ numpy.zeros((2, 3)), 0)\n"
-    )
+    code += "fail = lambda: numpy.zeros((2, 3)) @ numpy.zeros((2, 3))\n"  # of photos, not of the plain trial
+    code += "data.DEGRADATIONS['wrong'] = (lambda gt, rng, cfg: gt if gt.min() == gt.max() else fail(), 0)\n"
     code += "cfg = train.load_config(sys.argv[1:])\ncfg.degradation = 'wrong'\ntrain.main(cfg)"
     env = ENV | {"PYTHONPATH": str(ROOT)}
     for workers in "01":
