@@ -195,7 +195,7 @@ def pack(source: str | Path, target: str | Path) -> None:
     *starts, pixels = np.cumsum([0, *sizes]).tolist()
     index = json.dumps([folder.names, folder.shapes, folder.depths, starts]).encode()
     total, free = pixels + len(index) + 16, shutil.disk_usage(partial.absolute().parent).free
-    print(*folder.notices, f"{len(sizes)} images, {total / 1e9:.3g} GB ({free / 1e9:.3g} GB free)", sep="\n")
+    print(*folder.notices, f"{target}: {total / 1e9:.3g} GB of {len(sizes)} images", sep="\n")
     need(total < 0.98 * free, f"{target} would fill the disk: make room, or pack to another one")
     with partial.open("wb") as f, ThreadPoolExecutor(os.cpu_count()) as pool:
         np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": (total,)})
@@ -298,7 +298,7 @@ def open_pairs(gts, lqs, scale=1, filename_tmpl="{}", meta_info_file=None, cache
             groups[-1].append((gt, i, lq if lqs else None, j, min(h // scale, lh), min(w // scale, lw)))
         unused = () if meta_info_file else set(by_name.values()) - {pair[3] for pair in groups[-1]}
         problems += [f"{lq.root}/{lq.names[j]} has no partner in {gt.root}" for j in sorted(unused)]
-    small = sum(min(h, w) * scale < gt_size for pairs in groups for *_, h, w in pairs)
+    small = sum(min(h, w) * scale < gt_size for pairs in groups for *_, h, w in pairs) * (not problems)
     notices += [f"{small} images are smaller than gt_size={gt_size}: padded by reflection"][:small]
     return groups, sources, problems, notices
 
@@ -315,16 +315,15 @@ class PairedImageDataset(Dataset):
         use_hflip=True, use_rot=True, seed=0, cache_gb=2.0, whole=False,
     ):  # fmt: skip
         vars(self).update({k: v for k, v in locals().items() if k != "self"})
-        need(in_chans in (1, 3), f"in_chans={in_chans} is neither 1 nor 3")
-        need(scale > 0 == gt_size % scale, f"gt_size={gt_size} is no multiple of scale={scale}")
-        for name, value in (("sigma", sigma), ("quality", quality)):
-            low, *more, high = value if np.ndim(value) else (value, value)
-            need(not more and 0 <= low <= high, f"{name}={value} is neither a number nor a range (low, high)")
+        need(in_chans in (1, 3) and scale > 0 == gt_size % scale, f"unfit: {in_chans=}, {gt_size=}, {scale=}")
+        for name, v, least in ("sigma", sigma, 0), ("quality", quality, 1):
+            fine = np.size(v) == 1 + np.ndim(v) and least <= np.min(v) == np.ravel(v)[0]
+            need(fine, f"{name}={v} must be a number or a range (low, high), at least {least}")
         self.degrade, self.margin = (None, 0) if dataroot_lq else DEGRADATIONS.get(degradation, (None, None))
         need(self.margin is not None, f"degradation={degradation}: not one of {', '.join(DEGRADATIONS)}")
         found = dataroot_gt, dataroot_lq, scale, filename_tmpl, meta_info_file, cache_gb, whole, gt_size
         self.groups, sources, problems, self.notices = open_pairs(*found)
-        need(not problems, "; ".join([*problems[:5], f"python data.py check lists all {len(problems)}"]))
+        need(not problems, "; ".join([*problems[:5], f"python data.py check {dataroot_gt} tells all"]))
         need(all(self.groups), f"{meta_info_file} lists no image of one of the roots")
         fine = len(dataset_weights or self.groups) == len(self.groups) and min(dataset_weights or [1]) > 0
         need(fine, f"dataset_weights={dataset_weights}: give a positive one for each root")
@@ -390,6 +389,7 @@ class ValidationImages(PairedImageDataset):
         fixed = {"gt_size": options.get("scale", 1), "seed": -1, "cache_gb": 0, "whole": True}
         super().__init__(val_gt, val_lq, **fixed, **options)  # all are decoded, lest one end a run later
         self.pairs = self.pairs or [(self.synthetic, i, None, i, *2 * [256 // self.scale]) for i in range(n)]
+        need(min(min(p[-2:]) for p in self.pairs) * self.scale > 15, f"{val_gt}: an image is below 16 pixels")
 
     def __getitem__(self, i: int) -> dict:
         gt, k, lq, j, h, w = self.pairs[i]
@@ -479,7 +479,7 @@ def main(command: str = "", *arguments: str) -> None:
     elif command == "check" and known["dataroot_gt"]:  # decode all
         how = [known[k] for k in "dataroot_gt dataroot_lq scale filename_tmpl meta_info_file".split()]
         groups, _, problems, notices = open_pairs(*how, whole=True, gt_size=known["gt_size"])
-        print(f"{sum(map(len, groups))} images or pairs can be used", *notices, *problems, sep="\n")
+        print(f"{sum(map(len, groups))} images or pairs were found", *notices, *problems, sep="\n")
         sys.exit(f"problems: {len(problems)}" if problems else print("no problems"))
     elif command == "preview" and len(paths) == 1:
         need(not Path(paths[0]).exists(), f"{paths[0]} is there already: give a name that isn't")

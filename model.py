@@ -211,8 +211,6 @@ class SwinIR(nn.Module):
         H, W = self.ape_size = [n // patch_size for n in np.broadcast_to(img_size, 2).tolist()]
         self.window_size, self.window = window_size, min(window_size, H, W)
         self.shift = self.window // 2 if min(H, W) > window_size else 0
-        if self.shift and (H % window_size or W % window_size):
-            raise ValueError(f"{img_size=} is no multiple of {window_size=}")
         self.register_load_state_dict_pre_hook(SwinIR.keep_buffers)
         self.conv_first = conv3(in_chans, embed_dim)
         self.absolute_pos_embed = nn.Parameter(normal_(torch.empty(1, H * W, embed_dim))) if ape else None
@@ -290,7 +288,8 @@ def read_weights(path: str | Path, param_key: str) -> tuple[dict[str, Tensor], d
     """(state dict, arguments or {}) of any checkpoint, unwrapped. Runs no code of the file; ValueError."""
     try:
         file = torch.load(Path(path).expanduser(), map_location="cpu", weights_only=True)
-        keys = (param_key, "params_ema", "params-ema", "params", "state_dict", "model_state_dict")
+        keys = [param_key, "params-ema", "params", "state_dict", "model_state_dict"]
+        keys = keys if param_key == "params_ema" else keys[:1]  # of what was asked for there is no substitute
         weights = next((file[k] for k in keys if isinstance(file.get(k), dict)), file)
         weights = {PREFIX.sub("", k): v for k, v in weights.items() if isinstance(v, Tensor)}
         return weights, dict(file.get("arguments", {}))
@@ -430,15 +429,13 @@ def restore_pixels(net: SwinIR, pixels: np.ndarray, *options: Any) -> np.ndarray
 
 def export_onnx(net: SwinIR, path: Path) -> str:
     """Writes opset 18 with dynamic batch, height and width; says how it compares with PyTorch."""
+    from onnxruntime import InferenceSession
+
     w, C, axes = net.window_size, net.conv_first.in_channels, {"x": [0, 2, 3], "y": [0, 2, 3]}
     options = {"input_names": ["x"], "output_names": ["y"], "dynamic_axes": axes, "opset_version": 18}
     with warnings.catch_warnings(), torch.enable_grad():  # gradients: all windows at once
         warnings.simplefilter("ignore")
         torch.onnx.export(net, (torch.rand(1, C, w + 1, w + 2),), path, **options, dynamo=False)
-    try:
-        from onnxruntime import InferenceSession
-    except ImportError:
-        return "opset 18, any size; not compared with PyTorch: pip install onnxruntime"
     session, xs = InferenceSession(path), [torch.rand(1, C, 3 * w, 4 * w), torch.rand(2, C, w + 3, 2 * w - 1)]
     worst = max(abs(session.run(None, {"x": x.numpy()})[0] - restore(net, x).numpy()).max() for x in xs)
     assert worst < 1e-3, f"{path}: not fit for use: ONNX and PyTorch differ by {worst:.1e}"
@@ -457,7 +454,7 @@ def main() -> int | str | None:
     cli.add_argument("--device", default=best, help="cpu, cuda, cuda:1, mps (default: %(default)s)")
     cli.add_argument("--bf16", action="store_true", help="compute in bfloat16: faster, a little less exact")
     cli.add_argument("--onnx", type=Path, metavar="FILE", help="write the network as ONNX instead")
-    args, failed = cli.parse_args(), []
+    args, failed = cli.parse_intermixed_args(), []
     if file := args.onnx and args.onnx.with_suffix(".onnx"):
         return print(f"{file}: {export_onnx(load(args.net), file)}")
     source, target, suffix = args.input, args.output, args.output and args.output.suffix.lower()
@@ -475,7 +472,7 @@ def main() -> int | str | None:
         raise ValueError(f"{source}: " + ("holds no images" if source.exists() else "is not there"))
     here = source.resolve()
     if target.resolve() == here.parent or any(out.resolve().is_relative_to(here) for _, out in jobs):
-        raise ValueError(f"{target}: the output must not lie in {source} or beside it, nor be it")
+        raise ValueError(f"{target}: the output must be neither {source}, nor its folder, nor in it")
     for path, out in tqdm(jobs, str(target), unit="image"):
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -490,5 +487,5 @@ def main() -> int | str | None:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (ValueError, RuntimeError, OSError, AssertionError, KeyboardInterrupt) as e:
+    except (ValueError, RuntimeError, OSError, AssertionError, ImportError, KeyboardInterrupt) as e:
         sys.exit(f"model.py: {str(e) or 'stopped'}")

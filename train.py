@@ -174,7 +174,7 @@ def check(cfg: Config) -> None:
     must(fine, "name", "the name of a folder")
     must((cfg.upsampler == "") == (cfg.scale == 1), "upsampler", "'' for scale=1, else pixelshuffledirect")
     flat = {"noise": True, "jpeg": True, "bicubic": False}.get(cfg.degradation, cfg.scale == 1)
-    must(cfg.dataroot_lq or flat == (cfg.scale == 1), "degradation", "bicubic if scale > 1, and only then")
+    must(cfg.dataroot_lq or flat == (cfg.scale == 1), "degradation", "bicubic or your own for scale > 1 only")
     must(cfg.gt_size % (cfg.scale * cfg.window_size) == 0, "gt_size", "a multiple of scale x window_size")
 
 
@@ -225,10 +225,7 @@ def open_data(cfg: Config) -> tuple[PairedImageDataset, dict[str, ValidationImag
     for i, root in enumerate(gt if cfg.val_gt or not cfg.dataroot_lq else ()):
         name = Path(root).resolve().stem if root else "synthetic"
         name += f"_{i + 1}" * (name in val_sets)  # folders of the same name
-        images = val_sets[name] = ValidationImages(root, lq[i] if cfg.val_lq else None, **shared)
-        side, file = min((min(h, w), source.names[i] if root else "") for source, i, *_, h, w in images.pairs)
-        fine = side * cfg.scale - 2 * cfg.crop_border >= (16 if cfg.degradation == "jpeg" else 11)
-        need(fine or not cfg.val_freq, f"{root}/{file}: too small to validate it inside crop_border")
+        val_sets[name] = ValidationImages(root, lq[i] if cfg.val_lq else None, **shared)
     return PairedImageDataset(**options_of(PairedImageDataset, cfg)), val_sets
 
 
@@ -242,10 +239,11 @@ def open_folder(cfg: Config) -> tuple[Path, Any]:
         import fcntl
 
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise SystemExit(f"{folder} is in use by another run: wait, or give this one a --name") from None
-    if cfg.resume == "never" and (folder / "config.json").exists():
+    bare = any(folder.glob("models/*.pth")) and not any(folder.glob("training_states/*.state"))
+    if (cfg.resume == "never" and (folder / "config.json").exists()) or (bare and not cfg.eval_only):
         archive = folder.rename(folder.with_name(f"{cfg.name}_archived_{time.strftime('%Y%m%d_%H%M%S')}"))
         print(f"{folder} was moved to {archive}")
         return open_folder(cfg)
@@ -274,7 +272,7 @@ def last_checkpoint(folder: Path) -> tuple[dict, dict]:
                 need(not zipfile.ZipFile(path).testzip(), "damaged")  # torch.load compares no checksums
             return tuple(torch.load(path, map_location="cpu", weights_only=True) for path in paths)
         except Exception:
-            print(f"warning: {path} is damaged: the one before it is used, if there is one", file=sys.stderr)
+            print(f"warning: {path} is damaged or missing: the one before is used, if any", file=sys.stderr)
     return {"iter": 0, "best": {}, "config": vars(Config())}, {}
 
 
@@ -304,15 +302,17 @@ def main(cfg: Config) -> int | None:
     changed = {k: (before[k], v) for k, v in vars(cfg).items() if before.get(k, v) != v and k != "resume"}
     told = [f"{k}: {a} -> {b}" if start else f"{k}={b}" for k, (a, b) in changed.items()]
     log(f"options: {', '.join(told) or ('as before' if start else 'the defaults')}")
-    fixed = {*options_of(SwinIR, cfg), "scale", "seed", "batch_size", "optimizer"} - {"use_checkpoint"}
-    fixed |= set() if cfg.dataroot_gt or cfg.eval_only else {"dataroot_gt"}  # it may have been forgotten
-    if start and (fixed := sorted(fixed & changed.keys())):
-        raise SystemExit(f"{', '.join(fixed)} can't change or vanish: use another --name, or --resume=never")
-    if cfg.eval_only and (bool(start) == bool(cfg.pretrain_network) or not val_sets):
-        raise SystemExit("eval_only: give the --name of a run, or --pretrain_network and a --name of its own")
-    found = f"{len(dataset):,} image(s)" if cfg.dataroot_gt else "synthetic images (no dataroot_gt given)"
+    fixed = {*options_of(SwinIR, cfg), "scale", *["pretrain_network"] * bool(cfg.pretrain_network)}
+    if not cfg.eval_only:
+        fixed |= {"seed", "batch_size", "optimizer", "degradation", "sigma", "quality"}
+        fixed |= set() if cfg.dataroot_gt else {"dataroot_gt"}  # it may have been forgotten
+    if start and (fixed := sorted(fixed & changed.keys() - {"use_checkpoint"})):
+        raise SystemExit(f"{', '.join(fixed)} must stay as before: or give another --name, or --resume=never")
+    if cfg.eval_only and not (val_sets and (start or cfg.pretrain_network)):
+        raise SystemExit("eval_only: give the --name of a run that has a checkpoint, or --pretrain_network")
+    found = f"{len(dataset):,} {'pair' if cfg.dataroot_lq else 'image'}(s)" * bool(cfg.dataroot_gt)
     sets = ", ".join(f"{k} ({len(v)})" for k, v in val_sets.items())
-    log("\nnote: ".join([f"data: {found}; validation: {sets or 'none'}", *dataset.notices]))
+    log("\nnote: ".join([f"data: {found or 'synthetic'}; validation: {sets or 'none'}", *dataset.notices]))
     if cfg.pretrain_network and not start:
         log(load_weights(net, cfg.pretrain_network, cfg.param_key, cfg.strict_load))
     net.to(device, memory_format=torch.channels_last)
@@ -335,7 +335,6 @@ def main(cfg: Config) -> int | None:
     sync = sync if sync in inspect.signature(ddp).parameters else "broadcast_buffers"  # its older name
     model = ddp(net, [device.index] if cuda else None, **{sync: False}) if world > 1 else net
     work = f"{device}, {amp}, {world} rank(s) x {accumulate} micro-batch(es)"
-    work += " (for a CPU there is configs/tiny.py)" * (cpu and accumulate > 1)
     log(f"network: {sum(p.numel() for p in params):,} parameters; torch {torch.__version__}, {work}")
 
     def validate(it: int) -> None:
@@ -362,7 +361,11 @@ def main(cfg: Config) -> int | None:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     pictures[f"{dataset}/{name}"] = picture = strip(lq, out, gt, *scores[i, :2].tolist())
                     picture.save(path)
-            key = f"{dataset}: {protocol}"  # another protocol has its own best
+            key, decides = f"{dataset}: {protocol}", dataset == next(iter(val_sets))
+            if decides and key not in best and not cfg.eval_only:  # the best by another measure is kept apart
+                best.clear()
+                if rank == 0 and (old := folder / "models" / "net_g_best.pth").exists():
+                    old.rename(old.with_stem(f"net_g_best_before_{it}"))
             before, value, similar, *unblocked = reduced(scores).mean(0).tolist()  # sums with zeros: exact
             top, when = best[key] = max(best.get(key, [value, it]), [value, it], key=lambda b: b[0])
             entry = {"psnr": value, "ssim": similar} | dict(zip(["psnrb"], unblocked, strict=False))
@@ -371,7 +374,7 @@ def main(cfg: Config) -> int | None:
             text += "".join(f", PSNR-B {x:.2f} dB" for x in unblocked)
             text += f"; input {before:.2f} dB, best {top:.2f} dB at {when:,} ({protocol})"
             log(text, pictures, event="val", iter=it, dataset=dataset, **entry)
-            if when == it and dataset == next(iter(val_sets)):  # the first set decides
+            if when == it and decides:
                 save_network("best", it)
         net.train()
 
@@ -420,7 +423,7 @@ def main(cfg: Config) -> int | None:
                 pairs = [next(batches) for _ in range(accumulate)]
             except OSError as error:  # a damaged image
                 asked["code"] = max(asked["code"], 1)
-                (log if rank == 0 else print)(f"error: {error}; mend or remove it")
+                (log if rank == 0 else print)(f"error: {error}; mend or remove it: data.py check finds all")
             wish = torch.tensor([asked.pop("save", 0), time.perf_counter() > end, asked["code"]])
             save_now, late, code = reduced(wish, op=dist.ReduceOp.MAX).tolist()  # the same on all ranks
             if it > start + 1 and (save_now or late or code):

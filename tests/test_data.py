@@ -697,7 +697,7 @@ def test_check_names_every_bad_file_and_no_good_one(tmp_path):
     assert code == 1
     assert [name for name in [*bad, "img_dangling"] if name not in text] == []
     assert [name for name in [*good, ".hidden"] if name in text] == []
-    with pytest.raises(ValueError, match=r"data\.py check lists all"):
+    with pytest.raises(ValueError, match=r"data\.py check .* tells all"):
         PairedImageDataset(tmp_path / "gt", tmp_path / "lq", scale=2, gt_size=16, filename_tmpl="{}x2")
 
 
@@ -718,7 +718,7 @@ def test_check_and_preview_say_what_they_looked_at(folder, tmp_path):
     code, text = run_cli("check", config, f"--dataroot_gt={folder}")
     small = len(list_images(folder))
     assert code == 0, text
-    assert f"{small} images or pairs can be used\n" in text
+    assert f"{small} images or pairs were found\n" in text
     assert f"{small} images are smaller than gt_size=512" in text
     code, text = run_cli("check", config)
     assert code == 1 and "unknown or incomplete" in text and "Traceback" not in text
@@ -762,6 +762,8 @@ def test_wrong_arguments_are_named(folder):
         ({"gt_size": 31, "scale": 2}, "gt_size=31"),
         ({"degradation": "blurr"}, "degradation=blurr"),
         ({"sigma": (50, 5)}, "sigma"),
+        ({"sigma": (25,)}, "sigma"),
+        ({"quality": 0}, "quality"),
         ({"quality": (-1, 5)}, "quality"),
         ({"dataset_weights": (-1,)}, "dataset_weights"),
         ({"meta_info_file": folder / "absent.txt"}, r"absent\.txt"),
