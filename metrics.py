@@ -256,7 +256,7 @@ def read_image(path: str | Path) -> np.ndarray:
         with Image.open(path, formats=["PNG", "JPEG", "BMP", "WEBP", "TIFF"]) as image:
             deep = image.mode[0] == "I"
             if (";16" in str(image.tile[:1])) > deep or (image.format != "PNG" and image.mode in ("I", "F")):
-                raise ValueError("16 bits are read of gray images without alpha: save it with 8")
+                raise ValueError("of 16 bits only gray without alpha is read here: save it with 8")
             image = ImageOps.exif_transpose(image)
             mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
             return np.asarray(image).astype(np.uint16) if deep else np.asarray(image.convert(mode))

@@ -112,7 +112,7 @@ def coerce(value: Any, name: str, source: str) -> Any:
     kinds = {type(choice) for choice in choices} or set(get_args(hint)) or {hint}
     if source.startswith("-") and str in kinds:
         value = None if value == "None" and type(None) in kinds else value
-        value = tuple(value.split(",")) if value and tuple in kinds and "," in value else value
+        value = tuple(map(str.strip, value.split(","))) if tuple in kinds and "," in str(value) else value
     elif source.startswith("-"):
         with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             value = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
@@ -357,7 +357,7 @@ def main(cfg: Config) -> int | None:
                 how = gt, cfg.crop_border, cfg.test_y_channel
                 scores[i] = scores.new_tensor([psnr(lq, *how)] + [measure(out, *how) for measure in measures])
                 if cfg.save_img:
-                    path = folder / "visualization" / dataset / f"{name.replace('/', '_')}_{it}.png"
+                    path = folder / "visualization" / dataset / f"{name}_{it}.png"
                     path.parent.mkdir(parents=True, exist_ok=True)
                     pictures[f"{dataset}/{name}"] = picture = strip(lq, out, gt, *scores[i, :2].tolist())
                     picture.save(path)
