@@ -307,7 +307,7 @@ def main(cfg: Config) -> int | None:
         fixed |= {"seed", "batch_size", "optimizer", "degradation", "sigma", "quality"}
         fixed |= set() if cfg.dataroot_gt else {"dataroot_gt"}  # it may have been forgotten
     if start and (fixed := sorted(fixed & changed.keys() - {"use_checkpoint"})):
-        raise SystemExit(f"{', '.join(fixed)} must stay as before: or give another --name, or --resume=never")
+        raise SystemExit(f"{', '.join(fixed)} must stay as before, or have another --name, or --resume=never")
     if cfg.eval_only and not (val_sets and (start or cfg.pretrain_network)):
         raise SystemExit("eval_only: give the --name of a run that has a checkpoint, or --pretrain_network")
     found = f"{len(dataset):,} {'pair' if cfg.dataroot_lq else 'image'}(s)" * bool(cfg.dataroot_gt)
