@@ -270,7 +270,7 @@ def last_checkpoint(folder: Path) -> tuple[dict, dict]:
         try:
             for path in (paths := (state, folder / "models" / f"net_g_{state.stem}.pth")):
                 need(not zipfile.ZipFile(path).testzip(), "damaged")  # torch.load compares no checksums
-            return tuple(torch.load(path, map_location="cpu", weights_only=True) for path in paths)
+            return tuple(torch.load(path := p, map_location="cpu", weights_only=True) for p in paths)
         except Exception:
             print(f"warning: {path} is damaged or missing: the one before is used, if any", file=sys.stderr)
     return {"iter": 0, "best": {}, "config": vars(Config())}, {}

@@ -308,6 +308,11 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     assert code == 0
     assert "net_g_4.pth is damaged" in text
     assert "continuing after iteration 2" in text
+    state = tmp_path / "experiments/denoise_color25/training_states/6.state"
+    with zipfile.ZipFile(state, "w") as file:  # whole, but no state
+        file.writestr("x", "y")
+    code, text = train(tmp_path, "--dataroot_gt=gt")
+    assert code == 0 and "6.state is damaged" in text, text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
@@ -318,7 +323,7 @@ def test_files_from_a_gpu_continue_on_a_cpu(tmp_path):
     assert train(tmp_path, *options)[0] == 0
     straight = network(tmp_path, 4)["params"]
     folder = tmp_path / "experiments/denoise_color25"
-    (folder / "training_states/4.state").unlink()
+    (folder / "training_states/6.state").unlink()
     for path in (folder / "training_states/2.state", folder / "models/net_g_2.pth"):
         with zipfile.ZipFile(path) as file:
             parts = {name: file.read(name) for name in file.namelist()}
@@ -420,6 +425,8 @@ def test_mistakes_with_data_are_named(tmp_path):
     (gt / "1.png").write_bytes((gt / "1.png").read_bytes()[:-200])
     assert "1.png" in wrong(tmp_path, "--dataroot_gt=gt")
     assert "nothing.pth" in wrong(tmp_path, "--pretrain_network=nothing.pth")
+    photos(tmp_path / "small", size=10)
+    assert "small: an image is below 16" in wrong(tmp_path, "--dataroot_gt=lq", "--val_gt=small")
     assert "val_lq" in wrong(tmp_path, "--val_lq=gt")
     assert "eval_only: give" in wrong(tmp_path, "--eval_only=True")
 
