@@ -31,8 +31,8 @@ from tqdm import tqdm
 @lru_cache(maxsize=4)
 def geometry(H: int, W: int, w: int, shift: int, device: Any = "cpu") -> dict:
     """[a, b]: (L,) permutation that gathers tokens of order a into order b. Orders: "raster"; 0 and
-    `shift`, by windows of the image rolled so far. "mask", if shifted: (n, N, N), 0, or -100 (published so,
-    not -inf) between tokens that only the roll made neighbours. "size": (H, W)."""
+    `shift`, by windows of the image rolled so far. "mask", if shifted: (n, N, N), 0, or -200 between tokens
+    that only the roll made neighbours (published: -100, but exp(-100) is denormal: slow). "size": (H, W)."""
     with torch.inference_mode(False):  # cached, so it must also be fit for training
         image, grid = torch.arange(H * W, device=device).view(H, W), (H // w, w, W // w, w)
         order = {s: image.roll((-s, -s), (0, 1)).view(grid).transpose(1, 2).flatten() for s in (0, shift)}
@@ -42,7 +42,7 @@ def geometry(H: int, W: int, w: int, shift: int, device: Any = "cpu") -> dict:
         if shift:
             y, x = order[shift].view(-1, w * w) // W, order[shift].view(-1, w * w) % W
             region = 2 * (y < shift).long() + (x < shift)  # which of the two the roll brought round
-            g["mask"] = (region[:, None, :] != region[:, :, None]) * -100.0
+            g["mask"] = (region[:, None, :] != region[:, :, None]) * -200.0
         return g
 
 
@@ -139,15 +139,15 @@ class SwinBlock(nn.Module):
         mlp = {"fc1": Linear(dim, hidden), "act": nn.GELU(), "drop1": nn.Dropout(drop)}
         self.mlp = nn.Sequential(OrderedDict(mlp, fc2=Linear(hidden, dim), drop2=nn.Dropout(drop)))
 
-    def drop_path(self, x: Tensor) -> Tensor:
-        """Stochastic depth: drops a sample's branch. As a tensor, `keep` lets compiled blocks share code."""
+    def add(self, x: Tensor, branch: Tensor) -> Tensor:
+        """x + branch, with stochastic depth. As a tensor, `keep` lets compiled blocks share code."""
         if not self.training or self.whole:
-            return x
-        return x * ((torch.rand(len(x), 1, 1, device=x.device) < self.keep) / self.keep).to(x.dtype)
+            return x + branch
+        return x.addcmul(branch, (torch.rand(len(x), 1, 1, device=x.device) < self.keep) / self.keep)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x), mask))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = self.add(x, self.attn(self.norm1(x), mask))
+        return self.add(x, self.mlp(self.norm2(x)))
 
 
 class RSTB(nn.Module):
@@ -217,7 +217,7 @@ class SwinIR(nn.Module):
         self.patch_embed = nn.Sequential(OrderedDict({"norm": norm_layer(embed_dim)} if patch_norm else {}))
         self.pos_drop = nn.Dropout(drop_rate)
         rates = iter([drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))])
-        mask = geometry(H, W, self.window, self.shift)["mask"] if self.shift else None
+        mask = geometry(H, W, self.window, self.shift)["mask"] / 2 if self.shift else None
         shifts, self.layers = ((0, None), (self.shift, mask)), nn.ModuleList()
         for n, heads in zip(depths, num_heads, strict=True):
             attn = (embed_dim, self.window, heads, qkv_bias, qk_scale, attn_drop_rate, drop_rate)
