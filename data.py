@@ -153,7 +153,7 @@ class ImageFolder:
             found = list(tqdm(pool.map(look, list_images(root)), str(root), disable=None if whole else True))
         good, self.problems = ([*filter(None, column)] for column in zip(*found, strict=True))
         self.names, self.shapes, self.depths, alphas = ([header[k] for header in good] for k in range(4))
-        self.notices = [f"{root}: alpha is dropped from {sum(alphas)} images"] if any(alphas) else []
+        self.notices = [f"{root}: alpha is dropped from {sum(alphas)} image(s)"] if any(alphas) else []
 
     def __getitem__(self, i: int, rows: int | None = None) -> np.ndarray:
         """Image i. Where only the first `rows` are needed, the others may be black: they aren't decoded."""
@@ -299,7 +299,7 @@ def open_pairs(gts, lqs, scale=1, filename_tmpl="{}", meta_info_file=None, cache
         unused = () if meta_info_file else set(by_name.values()) - {pair[3] for pair in groups[-1]}
         problems += [f"{lq.root}/{lq.names[j]} has no partner in {gt.root}" for j in sorted(unused)]
     small = sum(min(h, w) * scale < gt_size for pairs in groups for *_, h, w in pairs) * (not problems)
-    notices += [f"{small} images are smaller than gt_size={gt_size}: padded by reflection"][:small]
+    notices += [f"{small} image(s) are smaller than gt_size={gt_size}: padded by reflection"][:small]
     return groups, sources, problems, notices
 
 
@@ -320,7 +320,7 @@ class PairedImageDataset(Dataset):
             fine = np.size(v) == 1 + np.ndim(v) and least <= np.min(v) == np.ravel(v)[0]
             need(fine, f"{name}={v} must be a number or a range (low, high), at least {least}")
         self.degrade, self.margin = (None, 0) if dataroot_lq else DEGRADATIONS.get(degradation, (None, None))
-        need(self.margin is not None, f"degradation={degradation}: not one of {', '.join(DEGRADATIONS)}")
+        need(self.margin is not None, f"{degradation=} needs pairs, being none of {', '.join(DEGRADATIONS)}")
         found = dataroot_gt, dataroot_lq, scale, filename_tmpl, meta_info_file, cache_gb, whole, gt_size
         self.groups, sources, problems, self.notices = open_pairs(*found)
         need(not problems, "; ".join([*problems[:5], f"python data.py check {dataroot_gt} tells all"]))
@@ -479,7 +479,7 @@ def main(command: str = "", *arguments: str) -> None:
     elif command == "check" and known["dataroot_gt"]:  # decode all
         how = [known[k] for k in "dataroot_gt dataroot_lq scale filename_tmpl meta_info_file".split()]
         groups, _, problems, notices = open_pairs(*how, whole=True, gt_size=known["gt_size"])
-        print(f"{sum(map(len, groups))} images or pairs were found", *notices, *problems, sep="\n")
+        print(f"{sum(map(len, groups))} image(s) or pair(s) were looked at", *notices, *problems, sep="\n")
         sys.exit(f"problems: {len(problems)}" if problems else print("no problems"))
     elif command == "preview" and len(paths) == 1:
         need(not Path(paths[0]).exists(), f"{paths[0]} is there already: give a name that isn't")

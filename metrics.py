@@ -23,6 +23,7 @@ import json
 import math
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -265,13 +266,13 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 def _images(folder: Path, template: str = "{}") -> dict[str, Path]:
-    """Images in and below `folder`, not hidden: path there without suffix, name put into template -> file."""
-    found = {}
-    for path in (p for p in sorted(folder.rglob("*")) if "/." not in f"/{p.relative_to(folder).as_posix()}"):
-        if path.suffix.lower() in ".png .jpg .jpeg .bmp .webp .tif .tiff".split() and not path.is_dir():
-            name = (path.relative_to(folder).parent / template.replace("{}", path.stem)).as_posix()
-            if found.setdefault(name, path) != path:
-                sys.exit(f"{found[name]} and {path} have the same name, {name}")
+    """Images below `folder`: path there, name put into template -> file. A suffix stays where needed."""
+    kinds, found = ".png .jpg .jpeg .bmp .webp .tif .tiff".split(), {}
+    paths = [p.relative_to(folder) for p in sorted(folder.rglob("*")) if p.suffix.lower() in kinds]
+    same = Counter(p.with_suffix("") for p in paths)
+    for path in (p for p in paths if "/." not in f"/{p.as_posix()}"):
+        name = template.replace("{}", path.name if same[path.with_suffix("")] > 1 else path.stem)
+        found[(path.parent / name).as_posix()] = folder / path
     return found or sys.exit(f"{folder}: no images in it")
 
 

@@ -168,14 +168,14 @@ def check(cfg: Config) -> None:
         high = {"betas": 1, "ema_decay": 1, "drop_path_rate": 1, "quality": 101}.get(name, 2.0**63)
         must(all(low <= v < high for v in numbers), name, f"at least {low} and below {high:.3g}")
     must(len(cfg.betas) == 2, "betas", "two numbers")
-    whole = all(type(v) is int and v > 0 for v in cfg.depths + cfg.num_heads)
-    must(cfg.depths and whole, "depths", "positive whole numbers, and so num_heads")
+    for name in ("depths", "num_heads"):
+        must(all(type(v) is int and v > 0 for v in getattr(cfg, name)), name, "positive whole numbers")
     fine = cfg.name.strip(".") and cfg.name == Path(cfg.name).name and cfg.name.isprintable()
     must(fine, "name", "the name of a folder")
     must((cfg.upsampler == "") == (cfg.scale == 1), "upsampler", "'' for scale=1, else pixelshuffledirect")
     flat = {"noise": True, "jpeg": True, "bicubic": False}.get(cfg.degradation, cfg.scale == 1)
     must(cfg.dataroot_lq or flat == (cfg.scale == 1), "degradation", "bicubic or your own for scale > 1 only")
-    must(cfg.gt_size % (cfg.scale * cfg.window_size) == 0, "gt_size", "a multiple of scale x window_size")
+    must(not cfg.gt_size % (n := cfg.scale * cfg.window_size), "gt_size", f"a multiple of {n} (window_size)")
 
 
 def options_of(function: Any, cfg: Config) -> dict[str, Any]:
@@ -245,7 +245,7 @@ def open_folder(cfg: Config) -> tuple[Path, Any]:
     bare = any(folder.glob("models/*.pth")) and not any(folder.glob("training_states/*.state"))
     if (cfg.resume == "never" and (folder / "config.json").exists()) or (bare and not cfg.eval_only):
         archive = folder.rename(folder.with_name(f"{cfg.name}_archived_{time.strftime('%Y%m%d_%H%M%S')}"))
-        print(f"{folder} was moved to {archive}")
+        print(f"{folder} {'has no training states, so it ' * bare}was moved to {archive}")
         return open_folder(cfg)
     return folder, file
 
@@ -331,9 +331,8 @@ def main(cfg: Config) -> int | None:
     if cfg.compile == "on" or (cfg.compile == "auto" and cuda and sys.platform == "linux"):
         for layer in net.layers:  # in place: no prefix in the state dict; alike: one compilation serves all
             layer.compile()
-    ddp, sync = torch.nn.parallel.DistributedDataParallel, "forward_sync_buffers"
-    sync = sync if sync in inspect.signature(ddp).parameters else "broadcast_buffers"  # its older name
-    model = ddp(net, [device.index] if cuda else None, **{sync: False}) if world > 1 else net
+    model = torch.nn.parallel.DistributedDataParallel(net) if world > 1 else net
+    model.broadcast_buffers = False  # DDP's; as an argument it is deprecated, and its new name too new
     work = f"{device}, {amp}, {world} rank(s) x {accumulate} micro-batch(es)"
     log(f"network: {sum(p.numel() for p in params):,} parameters; torch {torch.__version__}, {work}")
 

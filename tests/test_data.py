@@ -421,7 +421,7 @@ def test_small_images_are_padded_by_reflection(tmp_path, h, w):
     save(tmp_path / "lq" / "x.png", imresize(img, 0.5))
     for lq_root in (None, tmp_path / "lq"):
         dataset = PairedImageDataset(tmp_path / "gt", lq_root, degradation="bicubic", scale=2, gt_size=32)
-        assert len(dataset.notices) == 1 and "1 images" in dataset.notices[0]
+        assert len(dataset.notices) == 1 and "1 image(s) are" in dataset.notices[0]
         lq, gt = dataset[0]
         assert lq.shape == (3, 16, 16) and gt.shape == (3, 32, 32)
         tiled = np.pad(img, ((0, 64), (0, 64), (0, 0)), "symmetric")[:32, :32]
@@ -718,8 +718,8 @@ def test_check_and_preview_say_what_they_looked_at(folder, tmp_path):
     code, text = run_cli("check", config, f"--dataroot_gt={folder}")
     small = len(list_images(folder))
     assert code == 0, text
-    assert f"{small} images or pairs were found\n" in text
-    assert f"{small} images are smaller than gt_size=512" in text
+    assert f"{small} image(s) or pair(s) were looked at\n" in text
+    assert f"{small} image(s) are smaller than gt_size=512" in text
     code, text = run_cli("check", config)
     assert code == 1 and "unknown or incomplete" in text and "Traceback" not in text
     code, text = run_cli("check", config, f"--datarot_gt={folder}")
@@ -760,7 +760,7 @@ def test_wrong_arguments_are_named(folder):
     for options, name in (
         ({"in_chans": 2}, "in_chans=2"),
         ({"gt_size": 31, "scale": 2}, "gt_size=31"),
-        ({"degradation": "blurr"}, "degradation=blurr"),
+        ({"degradation": "blurr"}, "degradation=.blurr"),
         ({"sigma": (50, 5)}, "sigma"),
         ({"sigma": (25,)}, "sigma"),
         ({"quality": 0}, "quality"),

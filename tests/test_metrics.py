@@ -463,8 +463,14 @@ def test_cli_wrong_arguments(tmp_path: Path, call) -> None:
     }.items():
         code, out, err = call(*arguments)
         assert code != 0 and words in err and not out, arguments
-    save(tmp_path / "gt" / "a.bmp", noise(24, 24))
-    assert "have the same name" in call(tmp_path / "gt", tmp_path / "gt")[2]
+
+
+def test_names_that_differ_in_their_suffix_only_are_paired_as_model_writes_them(call, tmp_path):
+    for folder, names in ("gt", ("a.bmp", "a.png", "b.bmp")), ("out", ("a.bmp.png", "a.png.png", "b.png")):
+        for i, name in enumerate(names):
+            save(tmp_path / folder / name, np.full((24, 24, 3), 50 * i + (folder == "out"), np.uint8))
+    code, out, _ = call(tmp_path / "out", tmp_path / "gt")
+    assert (code, out.count("PSNR  48.1308")) == (0, 4), out  # a difference of 1 each, so a mean of the same
 
 
 def png16(path: Path, pixels: np.ndarray) -> None:
