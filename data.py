@@ -385,15 +385,15 @@ class ValidationImages(PairedImageDataset):
     """images[i] -> {name, lq: float32 (C, h, w), gt: array (h * scale, w * scale, C)}, whole. Noise is the
     reference test noise, np.random.seed(0) before each image. Without `val_gt`: n synthetic images."""
 
-    def __init__(self, val_gt=None, val_lq=None, n: int = 16, **options):
-        fixed = {"gt_size": options.get("scale", 1), "seed": -1, "cache_gb": 0, "whole": True}
-        super().__init__(val_gt, val_lq, **fixed, **options)  # all are decoded, lest one end a run later
+    def __init__(self, val_gt=None, val_lq=None, n: int = 16, scale: int = 1, crop_border=0, **other):
+        super().__init__(val_gt, val_lq, scale=scale, gt_size=scale, seed=-1, cache_gb=0, whole=True, **other)
         self.pairs = self.pairs or [(self.synthetic, i, None, i, *2 * [256 // self.scale]) for i in range(n)]
-        need(min(min(p[-2:]) for p in self.pairs) * self.scale > 15, f"{val_gt}: an image is below 16 pixels")
+        side = min(min(pair[-2:]) for pair in self.pairs) * scale - 2 * crop_border
+        need(side > 15, f"{val_gt}: an image is below 16 pixels inside {crop_border=}")
 
     def __getitem__(self, i: int) -> dict:
         gt, k, lq, j, h, w = self.pairs[i]
-        name = f"synthetic{i:02d}" if self.synthetic else os.path.splitext(gt.names[k])[0]
+        name = f"synthetic{i:02d}" if self.synthetic else gt.names[k].removesuffix(".png")
         gt = to_channels(gt[k][: h * self.scale, : w * self.scale], self.in_chans).copy()
         rng = np.random.RandomState(0) if self.degrade is add_noise else sample_rng(0, i)
         lq = lq[j][:h, :w] if lq else self.degrade(gt, rng, self)

@@ -221,7 +221,7 @@ def open_data(cfg: Config) -> tuple[PairedImageDataset, dict[str, ValidationImag
     gt, lq = (v if isinstance(v, tuple) else (v,) for v in (cfg.val_gt, cfg.val_lq))
     need(not cfg.val_lq or (cfg.val_gt and len(lq) == len(gt)), "give one val_lq for each val_gt")
     val_sets, shared = {}, {k: getattr(cfg, k) for k in ("degradation", "scale", "in_chans", "filename_tmpl")}
-    shared["sigma"], shared["quality"] = np.max(cfg.sigma), np.min(cfg.quality)
+    shared |= {"sigma": np.max(cfg.sigma), "quality": np.min(cfg.quality), "crop_border": cfg.crop_border}
     for i, root in enumerate(gt if cfg.val_gt or not cfg.dataroot_lq else ()):
         name = Path(root).resolve().stem if root else "synthetic"
         name += f"_{i + 1}" * (name in val_sets)  # folders of the same name

@@ -403,6 +403,16 @@ def test_home_is_found(folder, monkeypatch):
     assert len(PairedImageDataset(f"~/{folder.name}")) == len(PairedImageDataset(folder))
 
 
+def test_validation_images_that_differ_in_their_suffix_have_names_of_their_own(tmp_path):
+    for name in ("a.png", "a.bmp", "b.jpg"):
+        Image.new("RGB", (20, 20)).save(tmp_path / name)
+    assert [pair["name"] for pair in map(ValidationImages(tmp_path).__getitem__, range(3))] == [
+        "a.bmp",
+        "a",
+        "b.jpg",
+    ]
+
+
 def test_meta_info_file_chooses(folder, tmp_path):
     (tmp_path / "meta.txt").write_text("1.png (53,61,3)\n3.png (59,61,3)\n\n")
     assert len(PairedImageDataset(folder, meta_info_file=tmp_path / "meta.txt")) == 2

@@ -625,6 +625,14 @@ def test_onnx_without_its_packages_is_said(monkeypatch, tmp_path):
     assert not (tmp_path / "net.onnx").exists()
 
 
+def test_masked_tokens_get_no_weight_and_files_the_published_mask():
+    mask = model.geometry(24, 24, 8, 4)["mask"]
+    assert 0 < (mask < 0).float().mean() < 1
+    assert torch.equal(mask.softmax(-1) > 0, mask == 0)  # not even a denormal number, which would be slow
+    net = SwinIR(img_size=24, window_size=8, embed_dim=12, depths=(2,), num_heads=(2,))
+    assert torch.equal(net.state_dict()["layers.0.residual_group.blocks.1.attn_mask"], mask.sign() * 100)
+
+
 def test_init_std_sets_the_linear_layers_first_weights_and_stays_out_of_files():
     torch.manual_seed(0)
     plain, wide = SwinIR(embed_dim=60, window_size=8), SwinIR(embed_dim=60, window_size=8, init_std=0.1)
