@@ -293,12 +293,12 @@ def open_pairs(gts, lqs, scale=1, filename_tmpl="{}", meta_info_file=None, cache
                 continue
             lh, lw = lq.shapes[j][:2] if lqs else (h // scale, w // scale)
             if max(abs(lh * scale - h), abs(lw * scale - w)) >= scale:
-                sizes = f"{lh}x{lw}, not {h}x{w} / scale, which is {scale}"
+                sizes = f"{lh}x{lw}, not {h / scale:g}x{w / scale:g}, for {scale=}"
                 problems.append(f"{lq.root}/{lq.names[j]} and {gt.root}/{name} do not match: {sizes}")
             groups[-1].append((gt, i, lq if lqs else None, j, min(h // scale, lh), min(w // scale, lw)))
         unused = () if meta_info_file else set(by_name.values()) - {pair[3] for pair in groups[-1]}
         problems += [f"{lq.root}/{lq.names[j]} has no partner in {gt.root}" for j in sorted(unused)]
-    small = sum(min(h, w) * scale < gt_size for pairs in groups for *_, h, w in pairs) * (not problems)
+    small = sum(min(h, w) * scale < gt_size for pairs in groups for *_, h, w in pairs)
     notices += [f"{small} image(s) are smaller than gt_size={gt_size}: padded by reflection"][:small]
     return groups, sources, problems, notices
 
@@ -320,10 +320,10 @@ class PairedImageDataset(Dataset):
             fine = np.size(v) == 1 + np.ndim(v) and least <= np.min(v) == np.ravel(v)[0]
             need(fine, f"{name}={v} must be a number or a range (low, high), at least {least}")
         self.degrade, self.margin = (None, 0) if dataroot_lq else DEGRADATIONS.get(degradation, (None, None))
-        need(self.margin is not None, f"{degradation=} needs pairs, being none of {', '.join(DEGRADATIONS)}")
+        need(self.margin is not None, f"{degradation=} is none of {[*DEGRADATIONS]}; give dataroot_lq/val_lq")
         found = dataroot_gt, dataroot_lq, scale, filename_tmpl, meta_info_file, cache_gb, whole, gt_size
         self.groups, sources, problems, self.notices = open_pairs(*found)
-        need(not problems, "; ".join([*problems[:5], f"python data.py check {dataroot_gt} tells all"]))
+        need(not problems, "; ".join([*problems[:5], "python data.py check, with these options, tells all"]))
         need(all(self.groups), f"{meta_info_file} lists no image of one of the roots")
         fine = len(dataset_weights or self.groups) == len(self.groups) and min(dataset_weights or [1]) > 0
         need(fine, f"dataset_weights={dataset_weights}: give a positive one for each root")

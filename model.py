@@ -384,7 +384,7 @@ def restore(net: SwinIR, image: Tensor, tile: int | None = None, overlap=32, ens
     return restore(net, image, size // 2, overlap, ensemble)
 
 
-def read(path: Path) -> np.ndarray:
+def read(path: str | Path) -> np.ndarray:
     """An image file as (H, W, C) uint8 or uint16, upright: C is 1 gray, 2 gray alpha, 3 RGB, 4 RGB alpha."""
     with Image.open(path) as im, Image.open(path) as low:
         args, deep = im.tile[0].args if im.tile else "", im.mode[0] == "I"
@@ -402,7 +402,7 @@ def read(path: Path) -> np.ndarray:
         return np.atleast_3d(np.asarray(im).astype(np.uint16) if deep else np.asarray(im.convert(mode)))
 
 
-def write_png(path: Path, pixels: np.ndarray) -> None:
+def write_png(path: str | Path, pixels: np.ndarray) -> None:
     """(H, W, C) uint8 or uint16 as from `read`; Pillow writes no 16-bit colour."""
     H, W, C = pixels.shape
     rows = np.ascontiguousarray(pixels, pixels.dtype.newbyteorder(">")).view(np.uint8).reshape(H, -1)
@@ -411,7 +411,7 @@ def write_png(path: Path, pixels: np.ndarray) -> None:
     data = b"\x89PNG\r\n\x1a\n"
     for name, body in (b"IHDR", header), (b"IDAT", zlib.compress(np.insert(up, 0, 2, 1), 4)), (b"IEND", b""):
         data += len(body).to_bytes(4, "big") + name + body + zlib.crc32(name + body).to_bytes(4, "big")
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = Path(path).with_name(f".{Path(path).name}.partial")
     temporary.write_bytes(data)
     temporary.replace(path)
 

@@ -300,14 +300,14 @@ def main(cfg: Config) -> int | None:
     log = Log(folder, start, cfg.use_tb_logger, cfg.wandb, vars(cfg)) if rank == 0 else lambda *x, **y: None
     log(f"{folder}: continuing after iteration {start:,}" if start else f"{folder}: starting")
     changed = {k: (before[k], v) for k, v in vars(cfg).items() if before.get(k, v) != v and k != "resume"}
-    told = [f"{k}: {a} -> {b}" if start else f"{k}={b}" for k, (a, b) in changed.items()]
-    log(f"options: {', '.join(told) or ('as before' if start else 'the defaults')}")
     fixed = {*options_of(SwinIR, cfg), "scale", *["pretrain_network"] * bool(cfg.pretrain_network)}
     if not cfg.eval_only:
         fixed |= {"seed", "batch_size", "optimizer", "degradation", "sigma", "quality"}
         fixed |= set() if cfg.dataroot_gt else {"dataroot_gt"}  # it may have been forgotten
     if start and (fixed := sorted(fixed & changed.keys() - {"use_checkpoint"})):
         raise SystemExit(f"{', '.join(fixed)} must stay as before, or have another --name, or --resume=never")
+    told = [f"{k}: {a} -> {b}" if start else f"{k}={b}" for k, (a, b) in changed.items()]
+    log(f"options: {', '.join(told) or ('as before' if start else 'the defaults')}")
     if cfg.eval_only and not (val_sets and (start or cfg.pretrain_network)):
         raise SystemExit("eval_only: give the --name of a run that has a checkpoint, or --pretrain_network")
     found = f"{len(dataset):,} {'pair' if cfg.dataroot_lq else 'image'}(s)" * bool(cfg.dataroot_gt)
@@ -406,7 +406,7 @@ def main(cfg: Config) -> int | None:
         if number in (signal.SIGINT, signal.SIGTERM):
             asked["code"] = 128 + number
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once; not SIGTERM, of which Slurm sends several
-            os.write(2, b"\nstopping after this iteration, to save it; Ctrl-C again stops at once\n")
+            os.write(2, b"\nstopping after this iteration or validation; Ctrl-C again stops at once\n")
 
     for name in {"SIGINT", "SIGTERM", "SIGUSR1"} & set(dir(signal)):
         signal.signal(getattr(signal, name), hear)

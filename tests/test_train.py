@@ -428,7 +428,7 @@ def test_mistakes_with_data_are_named(tmp_path):
     photos(tmp_path / "small", size=10)
     assert "small: an image is below 16" in wrong(tmp_path, "--dataroot_gt=lq", "--val_gt=small")
     assert "below 16 pixels inside crop_border=15" in wrong(tmp_path, "--val_gt=lq", "--crop_border=15")
-    assert "degradation='real' needs pairs" in wrong(tmp_path, "--degradation=real")
+    assert "give dataroot_lq" in wrong(tmp_path, "--degradation=real")
     assert "val_lq" in wrong(tmp_path, "--val_lq=gt")
     assert "eval_only: give" in wrong(tmp_path, "--eval_only=True")
 
