@@ -388,8 +388,8 @@ class ValidationImages(PairedImageDataset):
     def __init__(self, val_gt=None, val_lq=None, n: int = 16, scale: int = 1, crop_border=0, **other):
         super().__init__(val_gt, val_lq, scale=scale, gt_size=scale, seed=-1, cache_gb=0, whole=True, **other)
         self.pairs = self.pairs or [(self.synthetic, i, None, i, *2 * [256 // self.scale]) for i in range(n)]
-        side = min(min(pair[-2:]) for pair in self.pairs) * scale - 2 * crop_border
-        need(side > 15, f"{val_gt}: an image is below 16 pixels inside {crop_border=}")
+        tiny = [val_gt and p[0].names[p[1]] for p in self.pairs if min(p[-2:]) * scale < 16 + 2 * crop_border]
+        need(not tiny, f"{val_gt}: an image is below 16 pixels inside {crop_border=}: {tiny[:5]}")
 
     def __getitem__(self, i: int) -> dict:
         gt, k, lq, j, h, w = self.pairs[i]

@@ -269,9 +269,9 @@ def _images(folder: Path, template: str = "{}") -> dict[str, Path]:
     """Images below `folder`: path there, name put into template -> file. A suffix stays where needed."""
     kinds, found = ".png .jpg .jpeg .bmp .webp .tif .tiff".split(), {}
     paths = [p.relative_to(folder) for p in sorted(folder.rglob("*")) if p.suffix.lower() in kinds]
-    same = Counter(p.with_suffix("") for p in paths)
-    for path in (p for p in paths if "/." not in f"/{p.as_posix()}"):
-        name = template.replace("{}", path.name if same[path.with_suffix("")] > 1 else path.stem)
+    same = Counter(str(p.with_suffix("")).lower() for p in paths)  # as model.py names its outputs
+    for path in (p for p in paths if "/." not in f"/{p.as_posix()}" and (folder / p).is_file()):
+        name = template.replace("{}", path.name if same[str(path.with_suffix("")).lower()] > 1 else path.stem)
         found[(path.parent / name).as_posix()] = folder / path
     return found or sys.exit(f"{folder}: no images in it")
 

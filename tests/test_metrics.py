@@ -466,7 +466,7 @@ def test_cli_wrong_arguments(tmp_path: Path, call) -> None:
 
 
 def test_names_that_differ_in_their_suffix_only_are_paired_as_model_writes_them(call, tmp_path):
-    for folder, names in ("gt", ("a.bmp", "a.png", "b.bmp")), ("out", ("a.bmp.png", "a.png.png", "b.png")):
+    for folder, names in ("gt", ("A.bmp", "a.png", "b.bmp")), ("out", ("A.bmp.png", "a.png.png", "b.png")):
         for i, name in enumerate(names):
             save(tmp_path / folder / name, np.full((24, 24, 3), 50 * i + (folder == "out"), np.uint8))
     code, out, _ = call(tmp_path / "out", tmp_path / "gt")

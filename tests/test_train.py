@@ -426,7 +426,8 @@ def test_mistakes_with_data_are_named(tmp_path):
     assert "1.png" in wrong(tmp_path, "--dataroot_gt=gt")
     assert "nothing.pth" in wrong(tmp_path, "--pretrain_network=nothing.pth")
     photos(tmp_path / "small", size=10)
-    assert "small: an image is below 16" in wrong(tmp_path, "--dataroot_gt=lq", "--val_gt=small")
+    text = wrong(tmp_path, "--dataroot_gt=lq", "--val_gt=small")
+    assert "small: an image is below 16" in text and "0.png" in text
     assert "below 16 pixels inside crop_border=15" in wrong(tmp_path, "--val_gt=lq", "--crop_border=15")
     assert "give dataroot_lq" in wrong(tmp_path, "--degradation=real")
     assert "val_lq" in wrong(tmp_path, "--val_lq=gt")
