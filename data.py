@@ -388,17 +388,17 @@ class ValidationImages(PairedImageDataset):
     def __init__(self, val_gt=None, val_lq=None, n: int = 16, scale: int = 1, crop_border=0, **other):
         super().__init__(val_gt, val_lq, scale=scale, gt_size=scale, seed=-1, cache_gb=0, whole=True, **other)
         self.pairs = self.pairs or [(self.synthetic, i, None, i, *2 * [256 // self.scale]) for i in range(n)]
-        tiny = [val_gt and p[0].names[p[1]] for p in self.pairs if min(p[-2:]) * scale < 16 + 2 * crop_border]
-        need(not tiny, f"{val_gt}: an image is below 16 pixels inside {crop_border=}: {tiny[:5]}")
+        self.names = [f"synthetic{k:02d}" if self.synthetic else gt.names[k] for gt, k, *_ in self.pairs]
+        tiny = [self.names[i] for i, p in enumerate(self.pairs) if min(p[-2:]) * scale < 16 + 2 * crop_border]
+        need(not tiny, f"{val_gt or 'synthetic'}: images below 16 pixels inside {crop_border=}: {tiny[:5]}")
 
     def __getitem__(self, i: int) -> dict:
         gt, k, lq, j, h, w = self.pairs[i]
-        name = f"synthetic{i:02d}" if self.synthetic else gt.names[k].removesuffix(".png")
         gt = to_channels(gt[k][: h * self.scale, : w * self.scale], self.in_chans).copy()
         rng = np.random.RandomState(0) if self.degrade is add_noise else sample_rng(0, i)
         lq = lq[j][:h, :w] if lq else self.degrade(gt, rng, self)
         lq = torch.from_numpy(to_float(to_channels(lq, self.in_chans)).transpose(2, 0, 1).copy())
-        return {"name": name, "lq": lq, "gt": gt}
+        return {"name": self.names[i].removesuffix(".png"), "lq": lq, "gt": gt}
 
 
 def SampleNumbers(batch_size: int, rank: int = 0, world: int = 1, start: int = 0, accumulate: int = 1):

@@ -427,8 +427,10 @@ def test_mistakes_with_data_are_named(tmp_path):
     assert "nothing.pth" in wrong(tmp_path, "--pretrain_network=nothing.pth")
     photos(tmp_path / "small", size=10)
     text = wrong(tmp_path, "--dataroot_gt=lq", "--val_gt=small")
-    assert "small: an image is below 16" in text and "0.png" in text
+    assert "small: images below 16 pixels" in text and "0.png" in text
     assert "below 16 pixels inside crop_border=15" in wrong(tmp_path, "--val_gt=lq", "--crop_border=15")
+    text = wrong(tmp_path, "--crop_border=130")
+    assert "synthetic: images below 16 pixels" in text and "synthetic00" in text
     assert "give dataroot_lq" in wrong(tmp_path, "--degradation=real")
     assert "val_lq" in wrong(tmp_path, "--val_lq=gt")
     assert "eval_only: give" in wrong(tmp_path, "--eval_only=True")
