@@ -278,19 +278,18 @@ def last_checkpoint(folder: Path) -> tuple[dict, dict]:
 
 def main(cfg: Config) -> int | None:
     """Trains; returns the exit code: None or 0, 1 for a damaged image, 128 + the signal that stopped it."""
-    rank, world, group = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), None
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, amp, accumulate = hardware(cfg, world)
     cuda, cpu = device.type == "cuda", device.type == "cpu"
     dataset, val_sets = open_data(cfg)
     torch.manual_seed(cfg.seed)
     net = SwinIR(img_size=cfg.gt_size // cfg.scale, upscale=cfg.scale, **options_of(SwinIR, cfg))
     if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
-        group = dist.new_group(backend="gloo")  # for what is on the CPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")  # each for the tensors there
 
-    def reduced(x: torch.Tensor, group: Any = group, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
+    def reduced(x: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
         if world > 1:
-            dist.all_reduce(x, op, group)
+            dist.all_reduce(x, op)
         return x
 
     folder, _lock = open_folder(cfg) if rank == 0 else (Path("experiments") / cfg.name, None)
@@ -424,7 +423,7 @@ def main(cfg: Config) -> int | None:
                 asked["code"] = max(asked["code"], 1)
                 (log if rank == 0 else print)(f"error: {error}; mend or remove it: data.py check finds all")
             wish = torch.tensor([asked.pop("save", 0), time.perf_counter() > end, asked["code"]])
-            save_now, late, code = reduced(wish, op=dist.ReduceOp.MAX).tolist()  # the same on all ranks
+            save_now, late, code = reduced(wish, dist.ReduceOp.MAX).tolist()  # the same on all ranks
             if it > start + 1 and (save_now or late or code):
                 save(it - 1)
             if code or (late and it > start + 1):
@@ -458,7 +457,7 @@ def main(cfg: Config) -> int | None:
             if cpu or it == start + 1 or it % cfg.print_freq == 0:
                 bar.set_postfix_str(f"loss {total.item():.2e}, lr {lr:.1e}")
             if it % cfg.print_freq == 0 or last:
-                loss, norm, good, bad, row = reduced(sums / world, None).tolist()
+                loss, norm, good, bad, row = reduced(sums / world).tolist()
                 loss, norm, speed = loss / max(good, 1), norm / max(good, 1), cfg.batch_size * steps / spent
                 gb = torch.cuda.max_memory_allocated() / 1e9 if cuda else None
                 entry = {"loss": loss, "lr": lr, "grad_norm": norm, "skipped": bad, "time": spent / steps}
