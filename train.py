@@ -471,6 +471,7 @@ def main(cfg: Config) -> int | None:
                 since, batches.wait, seen = time.perf_counter(), 0.0, it
             paused = time.perf_counter()
             if val_sets and cfg.val_freq and (it % cfg.val_freq == 0 or last):
+                bar.set_postfix_str("validating")
                 validate(it)
             if it % cfg.save_checkpoint_freq == 0 or last:
                 save(it)
