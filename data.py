@@ -204,8 +204,6 @@ def pack(source: str | Path, target: str | Path) -> None:
                 need(img.nbytes == sizes[i], f"{source}/{folder.names[i]} has changed meanwhile: pack again")
                 f.write(img.astype(f"<u{img.itemsize}"))
         f.write(index + len(index).to_bytes(8, "little") + PackedImages.MAGIC)
-        f.flush()
-        os.fsync(f.fileno())
     os.replace(partial, target)
 
 
@@ -272,8 +270,7 @@ def open_pairs(gts, lqs, scale=1, filename_tmpl="{}", meta_info_file=None, cache
     and, unless lq is None, lq[j]; of both h x w LQ pixels are used, aligned top left as in BasicSR."""
     gts, lqs = (str(r).split(",") if isinstance(r, str | Path) else list(r or ()) for r in (gts, lqs))
     need(len(lqs) in (0, len(gts)), "give one dataroot_lq for each dataroot_gt")
-    need("{}" in filename_tmpl and scale > 0, f"{filename_tmpl=} must be like {{}}x2, {scale=} positive")
-    need(not meta_info_file or Path(meta_info_file).is_file(), f"meta_info_file={meta_info_file} is missing")
+    need("{}" in filename_tmpl and scale > 0, f"unfit: {filename_tmpl=}, which must hold {{}}, or {scale=}")
     lines = Path(meta_info_file).read_text("utf-8").splitlines() if meta_info_file else []
     listed = {line.rsplit(" (", line.endswith(")"))[0].strip() for line in lines} - {""}  # name.png (h,w,c)
     roots, n, groups = [*map(os.path.expanduser, gts + lqs)], len(gts), []
@@ -297,7 +294,7 @@ def open_pairs(gts, lqs, scale=1, filename_tmpl="{}", meta_info_file=None, cache
                 problems.append(f"{lq.root}/{lq.names[j]} and {gt.root}/{name} do not match: {sizes}")
             groups[-1].append((gt, i, lq if lqs else None, j, min(h // scale, lh), min(w // scale, lw)))
         unused = () if meta_info_file else set(by_name.values()) - {pair[3] for pair in groups[-1]}
-        problems += [f"{lq.root}/{lq.names[j]} has no partner in {gt.root}" for j in sorted(unused)]
+        problems += [f"{lq.root}/{lq.names[j]} is no image's partner in {gt.root}" for j in sorted(unused)]
     small = sum(min(h, w) * scale < gt_size for pairs in groups for *_, h, w in pairs)
     notices += [f"{small} image(s) are smaller than gt_size={gt_size}: padded by reflection"][:small]
     return groups, sources, problems, notices
@@ -323,7 +320,8 @@ class PairedImageDataset(Dataset):
         need(self.margin is not None, f"{degradation=} is none of {[*DEGRADATIONS]}; give dataroot_lq/val_lq")
         found = dataroot_gt, dataroot_lq, scale, filename_tmpl, meta_info_file, cache_gb, whole, gt_size
         self.groups, sources, problems, self.notices = open_pairs(*found)
-        need(not problems, "; ".join([*problems[:5], "python data.py check, with these options, tells all"]))
+        which = f" {dataroot_gt} {dataroot_lq or ''}".rstrip() * whole  # else the options say
+        need(not problems, "; ".join([*problems[:5], f"data.py check{which}, with these options, tells all"]))
         need(all(self.groups), f"{meta_info_file} lists no image of one of the roots")
         fine = len(dataset_weights or self.groups) == len(self.groups) and min(dataset_weights or [1]) > 0
         need(fine, f"dataset_weights={dataset_weights}: give a positive one for each root")

@@ -332,12 +332,14 @@ def load(path: str | Path, param_key: str = "params_ema", device: Any = "cpu") -
 def load_weights(net: SwinIR, path: str | Path, param_key: str = "params_ema", strict: bool = True) -> str:
     """Copies a file's tensors into `net`; says how many were taken, and which were left (strict=False only).
     Those are left that are missing or of another shape. ValueError: none taken, or strict and some left."""
-    weights, own = read_weights(path, param_key)[0], dict(net.named_parameters())
+    (weights, stated), own = read_weights(path, param_key), dict(net.named_parameters())
     taken = {k: v for k, v in weights.items() if k in own and v.shape == own[k].shape}
     left = [k for k in own | weights if k not in taken and not k.endswith(BUFFERS)]
     names = ", ".join(left[:5]) + f" and {len(left) - 5} more" * (len(left) > 5)
     if not taken or (strict and left):
-        raise ValueError(f"{path}: {names} don't fit; strict_load=False takes {len(taken)} of {len(own)}")
+        other = "".join(f"; its {k} is {v}" for k, v in stated.items() if v != net.arguments.get(k))
+        names += f" don't fit; strict_load=False takes {len(taken)} of {len(own)}"
+        raise ValueError(f"{path}: {names}{other}")
     net.load_state_dict(taken, strict=False)
     return f"{path}: {len(taken)} of {len(own)} tensors taken" + (f"; left: {names}" if left else "")
 

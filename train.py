@@ -50,7 +50,7 @@ class Config:
     dataroot_lq: str | tuple | None = None  # their degraded partners; None: made by `degradation`
     dataset_weights: tuple | None = None  # how often to draw from each dataroot_gt; None: by number of images
     filename_tmpl: str = "{}"  # name of the partner of {}: {}x4 pairs baby.png with babyx4.png
-    meta_info_file: str | None = None  # lists the names to use, one a line; None: all
+    meta_info_file: str | None = None  # lists the files to use, as a/1.png below dataroot_gt; None: all
     degradation: str = "noise"  # noise, jpeg, bicubic: see DEGRADATIONS in data.py
     sigma: float | tuple = 25.0  # noise: deviation of 255, or a range as 0,50, whose end is validated
     quality: float | tuple = 40.0  # jpeg: 1 to 100, or a range as 10,40, whose start is validated
@@ -172,10 +172,10 @@ def check(cfg: Config) -> None:
         must(all(type(v) is int and v > 0 for v in getattr(cfg, name)), name, "positive whole numbers")
     fine = cfg.name.strip(".") and cfg.name == Path(cfg.name).name and cfg.name.isprintable()
     must(fine, "name", "the name of a folder")
-    must((cfg.upsampler == "") == (cfg.scale == 1), "upsampler", "'' for scale=1, else pixelshuffledirect")
+    must((cfg.upsampler == "") == (cfg.scale == 1), "upsampler", "'' for scale=1, and only then")
     flat = {"noise": True, "jpeg": True, "bicubic": False}.get(cfg.degradation, cfg.scale == 1)
     must(cfg.dataroot_lq or flat == (cfg.scale == 1), "degradation", "bicubic or your own for scale > 1 only")
-    must(not cfg.gt_size % (n := cfg.scale * cfg.window_size), "gt_size", f"a multiple of {n} (window_size)")
+    must(cfg.gt_size % (cfg.scale * cfg.window_size) == 0, "gt_size", "a multiple of scale x window_size")
 
 
 def options_of(function: Any, cfg: Config) -> dict[str, Any]:
@@ -226,7 +226,7 @@ def open_data(cfg: Config) -> tuple[PairedImageDataset, dict[str, ValidationImag
         name = Path(root).resolve().stem if root else "synthetic"
         name += f"_{i + 1}" * (name in val_sets)  # folders of the same name
         val_sets[name] = ValidationImages(root, lq[i] if cfg.val_lq else None, **shared)
-    return PairedImageDataset(**options_of(PairedImageDataset, cfg)), val_sets
+    return PairedImageDataset(**options_of(PairedImageDataset, cfg) if not cfg.eval_only else {}), val_sets
 
 
 def open_folder(cfg: Config) -> tuple[Path, Any]:
@@ -298,20 +298,20 @@ def main(cfg: Config) -> int | None:
     start, best, before = (state[k] for k in ("iter", "best", "config"))
     log = Log(folder, start, cfg.use_tb_logger, cfg.wandb, vars(cfg)) if rank == 0 else lambda *x, **y: None
     log(f"{folder}: continuing after iteration {start:,}" if start else f"{folder}: starting")
-    changed = {k: (before[k], v) for k, v in vars(cfg).items() if before.get(k, v) != v and k != "resume"}
+    how = "{}: {} -> {}" if start else "{0}={2}"
+    changed = {k: how.format(k, before[k], v) for k, v in vars(cfg).items() if before.get(k, v) != v}
     fixed = {*options_of(SwinIR, cfg), "scale", *["pretrain_network"] * bool(cfg.pretrain_network)}
     if not cfg.eval_only:
         fixed |= {"seed", "batch_size", "optimizer", "degradation", "sigma", "quality"}
         fixed |= set() if cfg.dataroot_gt else {"dataroot_gt"}  # it may have been forgotten
-    if start and (fixed := sorted(fixed & changed.keys() - {"use_checkpoint"})):
-        raise SystemExit(f"{', '.join(fixed)} must stay as before, or have another --name, or --resume=never")
-    told = [f"{k}: {a} -> {b}" if start else f"{k}={b}" for k, (a, b) in changed.items()]
-    log(f"options: {', '.join(told) or ('as before' if start else 'the defaults')}")
+    if start and (fixed := [text for k, text in changed.items() if k in fixed - {"use_checkpoint"}]):
+        raise SystemExit(f"{', '.join(fixed)} must stay as before, or have another --name or --resume=never")
+    log(f"options: {', '.join(changed.values()) or ('as before' if start else 'the defaults')}")
     if cfg.eval_only and not (val_sets and (start or cfg.pretrain_network)):
         raise SystemExit("eval_only: give the --name of a run that has a checkpoint, or --pretrain_network")
-    found = f"{len(dataset):,} {'pair' if cfg.dataroot_lq else 'image'}(s)" * bool(cfg.dataroot_gt)
-    sets = ", ".join(f"{k} ({len(v)})" for k, v in val_sets.items())
-    log("\nnote: ".join([f"data: {found or 'synthetic'}; validation: {sets or 'none'}", *dataset.notices]))
+    found = f"{len(dataset):,} {'pair' if cfg.dataroot_lq else 'image'}(s)" if dataset.pairs else "synthetic"
+    sets = ", ".join(f"{k} ({len(v)})" for k, v in val_sets.items()) or "none"
+    log("\nnote: ".join([f"data: {found}; " * (not cfg.eval_only) + f"validation: {sets}", *dataset.notices]))
     if cfg.pretrain_network and not start:
         log(load_weights(net, cfg.pretrain_network, cfg.param_key, cfg.strict_load))
     net.to(device, memory_format=torch.channels_last)
@@ -458,8 +458,8 @@ def main(cfg: Config) -> int | None:
                 bar.set_postfix_str(f"loss {total.item():.2e}, lr {lr:.1e}")
             if it % cfg.print_freq == 0 or last:
                 loss, norm, good, bad, row = reduced(sums / world).tolist()
-                loss, norm, speed = loss / max(good, 1), norm / max(good, 1), cfg.batch_size * steps / spent
-                gb = torch.cuda.max_memory_allocated() / 1e9 if cuda else None
+                loss, norm = (x / good if good else math.nan for x in (loss, norm))
+                speed, gb = cfg.batch_size * steps / spent, torch.cuda.max_memory_allocated() / 1e9 or None
                 entry = {"loss": loss, "lr": lr, "grad_norm": norm, "skipped": bad, "time": spent / steps}
                 entry |= {"data_time": batches.wait / steps, "img_per_s": speed, "max_mem_gb": gb}
                 text = f"iter {it:,}/{cfg.total_iters:,}: loss {loss:.4e}, lr {lr:.2e}, {speed:.1f} img/s, "

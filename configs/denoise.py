@@ -5,7 +5,9 @@
 # They trained sigma 25 and 50 from 15: --sigma=50 --pretrain_network=FILE, which halves the iterations and
 # the lr. Published on CBSD68 (PSNR, RGB, border 0): sigma 15 34.42, 25 31.78, 50 28.56 dB. Not trained here.
 # Measured: 26 to 37 s a step on two CPU cores (bfloat16), 480 days or more: for GPUs; not run on one.
-name = lambda cfg: f"denoise_color{cfg.sigma}".replace(".0", "")
+import numpy as np
+
+name = lambda cfg: "denoise_color" + "-".join(f"{n:g}" for n in np.ravel(cfg.sigma))  # 25, 0-50
 degradation, sigma = "noise", 25
 gt_size, batch_size = 128, 8
 embed_dim, depths, num_heads, window_size, mlp_ratio = 180, (6,) * 6, (6,) * 6, 8, 2

@@ -5,7 +5,9 @@
 # They trained sigma 25 and 50 from 15: --sigma=50 --pretrain_network=FILE, which halves the iterations and
 # the lr. Published on Set12 (PSNR, gray, border 0): sigma 15 33.36, 25 31.01, 50 27.91 dB. Not trained here.
 # Measured: 36 s a step on two CPU cores (bfloat16), so 670 days: for GPUs, on which it was not run.
-name = lambda cfg: f"denoise_gray{cfg.sigma}".replace(".0", "")
+import numpy as np
+
+name = lambda cfg: "denoise_gray" + "-".join(f"{n:g}" for n in np.ravel(cfg.sigma))  # 25, 0-50
 degradation, sigma, in_chans = "noise", 25, 1
 gt_size, batch_size = 128, 8
 embed_dim, depths, num_heads, window_size, mlp_ratio = 180, (6,) * 6, (6,) * 6, 8, 2

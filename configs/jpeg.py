@@ -6,7 +6,9 @@
 # iterations and the lr. Published on classic5 (gray, border 0): 10 30.27, 20 32.52, 30 33.73, 40 34.52 dB.
 # Not trained here.
 # Measured: 35 s a step on two CPU cores (bfloat16), so 645 days: for GPUs, on which it was not run.
-name = lambda cfg: f"jpeg_{cfg.quality}".replace(".0", "")
+import numpy as np
+
+name = lambda cfg: "jpeg_" + "-".join(f"{n:g}" for n in np.ravel(cfg.quality))  # 40, 10-40
 degradation, quality = "jpeg", 40
 in_chans, img_range = 1, 255
 gt_size, batch_size = 126, 8

@@ -12,5 +12,5 @@ gt_size, batch_size = lambda cfg: 64 * cfg.scale, 32
 embed_dim, depths, num_heads, window_size, mlp_ratio = 180, (6,) * 6, (6,) * 6, 8, 2
 upsampler, loss = "nearest+conv", "l1"
 lr, total_iters = 2e-4, 1_000_000
-milestones, gamma = (500_000, 800_000, 900_000, 950_000), 0.5
+milestones, gamma = lambda cfg: tuple(cfg.total_iters * n // 20 for n in (10, 16, 18, 19)), 0.5
 crop_border = lambda cfg: cfg.scale

@@ -779,5 +779,5 @@ def test_wrong_arguments_are_named(folder):
         ({"meta_info_file": folder / "absent.txt"}, r"absent\.txt"),
         ({"filename_tmpl": "x2"}, "filename_tmpl"),
     ):
-        with pytest.raises(ValueError, match=name):
+        with pytest.raises((ValueError, FileNotFoundError), match=name):
             PairedImageDataset(folder, **options)

@@ -73,7 +73,8 @@ def newcomer(tmp_path):
     for name in (*FILES, "configs"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
-    for folder in "photos testset DIV2K Flickr2K high low val_high val_low originals".split():
+    pairs = "high low val_high val_low clean noisy val_clean val_noisy"
+    for folder in f"photos testset DIV2K Flickr2K originals {pairs}".split():
         photos(tmp_path / folder, size=10 if "low" in folder else 40)
     shutil.copy(tmp_path / "photos/0.png", tmp_path / "photo.jpg")
     random_vgg(tmp_path / "experiments/pretrained_models/vgg19-dcbb9e9d.pth")
@@ -136,6 +137,22 @@ RECIPES = {
     **{("classical_sr", f"--scale={s}"): f"classical_x{s}_s48" for s in (2, 3, 8)},
     **{("lightweight_sr", f"--scale={s}"): f"lightweight_x{s}" for s in (2, 3, 4)},
 }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ("denoise.py --sigma=0,50", "denoise_color0-50"),
+        ("denoise_gray.py --sigma=15", "denoise_gray15"),
+        ("jpeg.py --quality=10,40", "jpeg_10-40"),
+        ("jpeg.py", "jpeg_40"),
+    ],
+)
+def test_runs_have_names_that_a_shell_takes(arguments, name):
+    from train import load_config
+
+    config, *options = arguments.split()
+    assert load_config([str(ROOT / "configs" / config), *options]).name == name
 
 
 @pytest.mark.parametrize(("config", "published"), RECIPES.items())

@@ -259,12 +259,12 @@ def test_edited_options_are_told_and_impossible_ones_refused(run, tmp_path):
     group = torch.load(state, weights_only=True)["optimizer"]["param_groups"][0]
     assert (group["betas"], group["weight_decay"]) == ((0.5, 0.6), 0.1)
     code, text = train(tmp_path, "--total_iters=8")
-    assert (code, "dataroot_gt must stay" in text) == (1, True)
+    assert (code, "dataroot_gt: gt -> None must stay" in text) == (1, True)
     for option in ("--sigma=15", "--pretrain_network=absent.pth"):
         code, text = train(tmp_path, "--dataroot_gt=gt", option)
-        assert (code, f"{option[2:].split('=')[0]} must stay" in text) == (1, True)
+        assert (code, f"{option[2:].split('=')[0]}: " in text, "must stay" in text) == (1, True, True)
     code, text = train(tmp_path, "--dataroot_gt=gt", "--embed_dim=24")
-    assert (code, "embed_dim must stay" in text, "Traceback" in text) == (1, True, False)
+    assert (code, "embed_dim: 12 -> 24 must stay" in text, "Traceback" in text) == (1, True, False)
     code, text = train(tmp_path, "--dataroot_gt=gt", "--total_iters=6", "--lr=5e-4")
     assert (code, "finished: the weights are in" in text) == (0, True)
     code, text = train(tmp_path, "--dataroot_gt=gt", "--total_iters=2", "--resume=never")
@@ -393,9 +393,11 @@ def test_two_ranks_equal_one_process(tmp_path):
 def test_steps_without_a_finite_loss_are_skipped(tmp_path):
     """An lr this large makes the loss overflow; the steps are skipped, and training stops with advice."""
     code, text = train(
-        tmp_path, "--lr=1e18", "--total_iters=60", "--save_checkpoint_freq=60", "--print_freq=60"
+        tmp_path, "--lr=1e18", "--total_iters=60", "--save_checkpoint_freq=60", "--print_freq=20"
     )
     assert code != 0
+    assert "loss nan" in text and "20 skipped" in text
+    assert math.isnan(events(tmp_path)[-1]["loss"])  # not 0, which would look like success
     assert "no finite loss" in text
     assert "Traceback" not in text
 
@@ -422,6 +424,8 @@ def test_mistakes_with_data_are_named(tmp_path):
     text = wrong(tmp_path, "--dataroot_gt=gt", "--dataroot_lq=lq")
     assert "1.png" in text
     assert "20x20" in text
+    text = wrong(tmp_path, "--val_gt=gt", "--val_lq=lq")
+    assert "data.py check gt lq, with these options, tells all" in text
     (gt / "1.png").write_bytes((gt / "1.png").read_bytes()[:-200])
     assert "1.png" in wrong(tmp_path, "--dataroot_gt=gt")
     assert "nothing.pth" in wrong(tmp_path, "--pretrain_network=nothing.pth")
@@ -487,7 +491,7 @@ def test_evaluation_names_its_protocol_and_pads_like_the_paper(run, tmp_path):
     cwd, _ = run
     options = "--eval_only=True", "--pretrain_network=absent.pth", "--drop_path_rate=0.3"
     code, text = train(cwd, *options)  # in the folder of a run
-    assert (code, "pretrain_network must stay" in text) == (1, True)
+    assert (code, "pretrain_network: None -> absent.pth" in text) == (1, True)
     for pad in (False, True):
         options = ["--eval_only=True", "--pretrain_network=experiments/denoise_color25/models/net_g_6.pth"]
         options += [f"--name=eval{pad}", "--val_gt=gt", "--gt_size=16", f"--pad_window={pad}", "--amp=none"]
