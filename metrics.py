@@ -29,7 +29,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
-from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -126,7 +125,7 @@ VGG19_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
 CRITERIA = {"l1": F.l1_loss, "l2": F.mse_loss, "fro": lambda a, b: torch.linalg.vector_norm(a - b)}
 
 
-class PerceptualLoss(nn.Module):
+class PerceptualLoss(torch.nn.Module):
     """Distance of VGG19 features, and of their Gram matrices (style), with BasicSR's arguments and results.
     layer_weights: layer -> weight, e.g. {"conv5_4": 1.0} (before its ReLU), relu2_1, pool3. criterion: l1, l2
     or fro (norm of the difference). use_input_norm: standardise by ImageNet's mean and deviation. range_norm:
@@ -212,10 +211,9 @@ class Log:
                 self.board = package.SummaryWriter(folder / "tensorboard", purge_step=start + 1)
                 self.board.add_text("config", json.dumps(config, indent=1))
             if wandb:
-                package = importlib.import_module("wandb")
-                run = f"{folder.name}-{folder.stat().st_ino}"  # the number tells it from archived ones
-                run = {"project": wandb, "id": run, "name": folder.name, "resume": "allow", "config": config}
-                self.run, self.picture = package.init(dir=folder, **run), package.Image
+                self.picture = (package := importlib.import_module("wandb")).Image
+                run = {"project": wandb, "id": f"{folder.name}-{folder.stat().st_ino}", "resume": "allow"}
+                self.run = package.init(dir=folder, name=folder.name, config=config, **run)
         except ImportError as error:
             raise ValueError(f"{error.name} is missing: pip install {error.name}") from None
 
@@ -233,6 +231,7 @@ class Log:
             self.board.add_scalar(k, v, values["iter"])
         for k, v in dict(pictures).items() if self.board else ():
             self.board.add_image(k, np.atleast_3d(v), values["iter"], dataformats="HWC")
+        self.board and self.board.flush()
         if self.run:
             self.run.log(scalars | {k: self.picture(v) for k, v in dict(pictures).items()}, values["iter"])
         if event == "val":

@@ -288,9 +288,8 @@ def read_weights(path: str | Path, param_key: str) -> tuple[dict[str, Tensor], d
     """(state dict, arguments or {}) of any checkpoint, unwrapped. Runs no code of the file; ValueError."""
     try:
         file = torch.load(Path(path).expanduser(), map_location="cpu", weights_only=True)
-        keys = [param_key, "params-ema", "params", "state_dict", "model_state_dict"]
-        keys = keys if param_key == "params_ema" else keys[:1]  # of what was asked for there is no substitute
-        weights = next((file[k] for k in keys if isinstance(file.get(k), dict)), file)
+        others = "params-ema params state_dict model_state_dict".split() if param_key == "params_ema" else []
+        weights = next((file[k] for k in [param_key, *others] if isinstance(file.get(k), dict)), file)
         weights = {PREFIX.sub("", k): v for k, v in weights.items() if isinstance(v, Tensor)}
         return weights, dict(file.get("arguments", {}))
     except Exception as e:  # unpickling a damaged file raises anything

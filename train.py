@@ -7,6 +7,7 @@ The same command again continues where it stopped.
 """
 
 import ast
+import atexit
 import contextlib
 import copy
 import ctypes
@@ -478,7 +479,6 @@ def main(cfg: Config) -> int | None:
             since += time.perf_counter() - paused
         else:
             log(f"finished: the weights are in {folder / 'models'}; to go on, raise --total_iters")
-    reduced(torch.zeros(1))  # so all wait for the files
     return code
 
 
@@ -491,6 +491,8 @@ if __name__ == "__main__":
         if not (own or isinstance(error, OSError) or "DataLoader worker" in str(error)):
             raise
         sys.exit(f"error: {error}")
-    if dist.is_initialized():
+    if dist.is_initialized():  # DDP keeps threads of gloo, which can abort a Python that is ending
         dist.destroy_process_group()
+        atexit._run_exitfuncs()  # W&B's
+        os._exit(print(end="", flush=True) or code or 0)
     sys.exit(code)
