@@ -465,7 +465,7 @@ def main(command: str = "", *arguments: str) -> None:
     paths = [a for a in arguments if a[:2] != "--"]
     options = names | (runpy.run_path(paths.pop(0)) if paths and paths[0].endswith(".py") else {})
     for key, _, text in (a[2:].partition("=") for a in arguments if a[:2] == "--"):
-        if key not in names:  # an option of train.py, or a typing error
+        if key not in (*names, "help"):  # an option of train.py, or a typing error
             print(f"--{key} isn't used by data.py")
         number = key == "dataset_weights" or isinstance(names.get(key), int | float)
         need(not number or text[:1].isdigit() or text in ("True", "False"), f"--{key}={text} is no number")
@@ -477,7 +477,7 @@ def main(command: str = "", *arguments: str) -> None:
     elif command == "check" and known["dataroot_gt"]:  # decode all
         how = [known[k] for k in "dataroot_gt dataroot_lq scale filename_tmpl meta_info_file".split()]
         groups, _, problems, notices = open_pairs(*how, whole=True, gt_size=known["gt_size"])
-        print(f"{sum(map(len, groups))} image(s) or pair(s) were looked at", *notices, *problems, sep="\n")
+        print(f"{sum(map(len, groups))} readable image(s) or pair(s)", *notices, *problems, sep="\n")
         sys.exit(f"problems: {len(problems)}" if problems else print("no problems"))
     elif command == "preview" and len(paths) == 1:
         need(not Path(paths[0]).exists(), f"{paths[0]} is there already: give a name that isn't")
@@ -487,7 +487,7 @@ def main(command: str = "", *arguments: str) -> None:
         ImageOps.scale(Image.fromarray(sheet.numpy()), 1 + 100 // gt.shape[3], Image.NEAREST).save(paths[0])
         print(f"{paths[0]}: 8 training pairs, the input (enlarged) above the ground truth")
     else:
-        sys.exit(print(__doc__) if command in ("-h", "--help") else f"unknown or incomplete\n\n{__doc__}")
+        sys.exit(print(__doc__) if {"-h", "--help"} & {*sys.argv} else f"unknown or incomplete\n\n{__doc__}")
 
 
 if __name__ == "__main__":

@@ -720,6 +720,8 @@ def test_command_line(folder, tmp_path):
     code, text = run_cli("check", tmp_path / "absent")
     assert code == 1 and "absent is no folder" in text and text.count("\n") == 1
     assert run_cli()[0] == 1
+    code, text = run_cli("check", "--help")
+    assert code == 0 and "data.py pack" in text and "isn't used" not in text
 
 
 def test_check_and_preview_say_what_they_looked_at(folder, tmp_path):
@@ -728,7 +730,7 @@ def test_check_and_preview_say_what_they_looked_at(folder, tmp_path):
     code, text = run_cli("check", config, f"--dataroot_gt={folder}")
     small = len(list_images(folder))
     assert code == 0, text
-    assert f"{small} image(s) or pair(s) were looked at\n" in text
+    assert f"{small} readable image(s) or pair(s)\n" in text
     assert f"{small} image(s) are smaller than gt_size=512" in text
     code, text = run_cli("check", config)
     assert code == 1 and "unknown or incomplete" in text and "Traceback" not in text
