@@ -489,4 +489,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (ValueError, RuntimeError, OSError, AssertionError, ImportError, KeyboardInterrupt) as e:
-        sys.exit(f"model.py: {str(e) or 'stopped'}")
+        sys.exit(f"model.py: {str(e) or 'stopped'}" + ": pip install it" * isinstance(e, ImportError))
