@@ -234,7 +234,7 @@ class Log:
         self.board and self.board.flush()
         if self.run:
             self.run.log(scalars | {k: self.picture(v) for k, v in dict(pictures).items()}, values["iter"])
-        if event == "val":
+        if event == "val" and values["iter"]:  # weights of another run have no curve
             self.draw()
 
     def draw(self) -> None:

@@ -167,7 +167,7 @@ def check(cfg: Config) -> None:
         default = getattr(Config, name)  # what is at least 1 by default makes no sense at 0
         low = int(type(default) is int and default > 0 and name[:4] not in ("num_", "val_", "keep"))
         high = {"betas": 1, "ema_decay": 1, "drop_path_rate": 1, "quality": 101}.get(name, 2.0**63)
-        must(all(low <= v < high for v in numbers), name, f"at least {low} and below {high:.3g}")
+        must(all(low <= v < high for v in numbers), name, f"at least {low}{f', below {high}' * (high < 999)}")
     must(len(cfg.betas) == 2, "betas", "two numbers")
     for name in ("depths", "num_heads"):
         must(all(type(v) is int and v > 0 for v in getattr(cfg, name)), name, "positive whole numbers")
