@@ -487,7 +487,7 @@ def main(command: str = "", *arguments: str) -> None:
         ImageOps.scale(Image.fromarray(sheet.numpy()), 1 + 100 // gt.shape[3], Image.NEAREST).save(paths[0])
         print(f"{paths[0]}: 8 training pairs, the input (enlarged) above the ground truth")
     else:
-        sys.exit(print(__doc__) if {"-h", "--help"} & {*sys.argv} else f"unknown or incomplete\n\n{__doc__}")
+        sys.exit(print(__doc__) if {"-h", "--help"} & {*sys.argv} else f"incomplete command:\n\n{__doc__}")
 
 
 if __name__ == "__main__":
