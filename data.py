@@ -485,7 +485,7 @@ def main(command: str = "", *arguments: str) -> None:
         sheet = torch.cat([torch.nn.functional.interpolate(lq, gt.shape[2:]), gt], 2).clip(0, 1) * 255
         sheet = sheet.expand(-1, 3, -1, -1).round().byte().permute(2, 0, 3, 1).flatten(1, 2)
         ImageOps.scale(Image.fromarray(sheet.numpy()), 1 + 100 // gt.shape[3], Image.NEAREST).save(paths[0])
-        print(f"{paths[0]}: 8 training pairs, the input (enlarged) above the ground truth")
+        print(f"{paths[0]}: 8 training pairs, the inputs above, the ground truth below")
     else:
         sys.exit(print(__doc__) if {"-h", "--help"} & {*sys.argv} else f"incomplete command:\n\n{__doc__}")
 

@@ -306,7 +306,7 @@ def main(cfg: Config) -> int | None:
         fixed |= {"seed", "batch_size", "optimizer", "degradation", "sigma", "quality"}
         fixed |= set() if cfg.dataroot_gt else {"dataroot_gt"}  # it may have been forgotten
     if start and (fixed := [text for k, text in changed.items() if k in fixed - {"use_checkpoint"}]):
-        raise SystemExit(f"{', '.join(fixed)} must stay as before, or have another --name or --resume=never")
+        raise SystemExit(f"{', '.join(fixed)} must stay in this run: give another --name, or --resume=never")
     log(f"options: {', '.join(changed.values()) or ('as before' if start else 'the defaults')}")
     if cfg.eval_only and not (val_sets and (start or cfg.pretrain_network)):
         raise SystemExit("eval_only: give the --name of a run that has a checkpoint, or --pretrain_network")
