@@ -81,7 +81,7 @@ class Linear(nn.Linear):
         if not slow_mkl(x):
             return super().forward(x)
         y = F.conv2d(x[:, None].permute(0, 3, 1, 2), self.weight[..., None, None], self.bias)
-        return y.permute(0, 2, 3, 1)[:, 0]
+        return y.permute(0, 2, 3, 1).squeeze(1)
 
 
 class MatMul(torch.autograd.Function):
@@ -113,16 +113,15 @@ class WindowAttention(nn.Module):
         self.attn_drop, self.proj_drop = nn.Dropout(attn_drop), nn.Dropout(drop)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        B, L, C = x.shape
-        N, h = self.window**2, self.heads
+        (B, L, C), N, h = x.shape, self.window**2, self.heads
         matmul = MatMul.apply if slow_mkl(x) else torch.matmul
         qkv = self.qkv(x).view(-1, N, 3, h, C // h).unbind(2)
         q, k, v = (i.transpose(1, 2).contiguous() for i in qkv)  # (B*n, h, N, d)
         bias = F.embedding(self.relative_position_index, self.relative_position_bias_table)  # (N, N, h)
         attn = matmul(q * self.scale, k.transpose(-2, -1))
-        attn = attn + bias.permute(2, 0, 1).contiguous().to(attn.dtype)  # strided it would be slow to add
+        attn += bias.permute(2, 0, 1).contiguous().to(attn.dtype)  # strided it would be slow to add
         if mask is not None:
-            attn = (attn.view(B, -1, h, N, N) + mask[:, None].to(attn.dtype)).view(-1, h, N, N)
+            attn.view(B, -1, h, N, N).add_(mask[:, None].to(attn.dtype))
         x = matmul(self.attn_drop(attn.softmax(-1)), v)
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, L, C)))
 
