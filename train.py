@@ -230,9 +230,8 @@ def open_data(cfg: Config) -> tuple[PairedImageDataset, dict[str, ValidationImag
     return PairedImageDataset(**options_of(PairedImageDataset, cfg) if not cfg.eval_only else {}), val_sets
 
 
-def open_folder(cfg: Config) -> tuple[Path, Any]:
-    """experiments/<name>, and the open file that locks it until the process ends, however it ends."""
-    folder = Path("experiments") / cfg.name
+def open_folder(folder: Path, cfg: Config) -> Any:
+    """Makes experiments/<name>; the open file locks it until the process ends, however it ends."""
     for name in ("models", "training_states"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "w")
@@ -247,8 +246,8 @@ def open_folder(cfg: Config) -> tuple[Path, Any]:
     if (cfg.resume == "never" and (folder / "config.json").exists()) or (bare and not cfg.eval_only):
         archive = folder.rename(folder.with_name(f"{cfg.name}_archived_{time.strftime('%Y%m%d_%H%M%S')}"))
         print(f"{folder} {'has no training states, so it ' * bare}was moved to {archive}")
-        return open_folder(cfg)
-    return folder, file
+        return open_folder(folder, cfg)
+    return file
 
 
 def write(path: Path, content: Any) -> None:
@@ -274,7 +273,7 @@ def last_checkpoint(folder: Path) -> tuple[dict, dict]:
             return tuple(torch.load(path := p, map_location="cpu", weights_only=True) for p in paths)
         except Exception:
             print(f"warning: {path} is damaged or missing: the one before is used, if any", file=sys.stderr)
-    return {"iter": 0, "best": {}, "config": vars(Config())}, {}
+    return {"iter": 0, "best": {}, "config": vars(Config()), "sums": torch.zeros(1, 5)}, {}
 
 
 def main(cfg: Config) -> int | None:
@@ -293,41 +292,42 @@ def main(cfg: Config) -> int | None:
             dist.all_reduce(x, op)
         return x
 
-    folder, _lock = open_folder(cfg) if rank == 0 else (Path("experiments") / cfg.name, None)
-    reduced(torch.zeros(1))  # so all wait for the folder
-    state, weights = last_checkpoint(folder)
+    folder = Path("experiments") / cfg.name  # what must be refused is, before it is touched
+    state, weights = last_checkpoint(folder if cfg.resume == "auto" else folder / "to be moved away")
     start, best, before = (state[k] for k in ("iter", "best", "config"))
-    log = Log(folder, start, cfg.use_tb_logger, cfg.wandb, vars(cfg)) if rank == 0 else lambda *x, **y: None
-    log(f"{folder}: continuing after iteration {start:,}" if start else f"{folder}: starting")
     how = "{}: {} -> {}" if start else "{0}={2}"
     changed = {k: how.format(k, before[k], v) for k, v in vars(cfg).items() if before.get(k, v) != v}
     fixed = {*options_of(SwinIR, cfg), "scale", *["pretrain_network"] * bool(cfg.pretrain_network)}
     if not cfg.eval_only:
+        numbers = SampleNumbers(cfg.batch_size, rank, world, start, accumulate)
         fixed |= {"seed", "batch_size", "optimizer", "degradation", "sigma", "quality"}
         fixed |= set() if cfg.dataroot_gt else {"dataroot_gt"}  # it may have been forgotten
     if start and (fixed := [text for k, text in changed.items() if k in fixed - {"use_checkpoint"}]):
         raise SystemExit(f"{', '.join(fixed)} must stay in this run: give another --name, or --resume=never")
-    log(f"options: {', '.join(changed.values()) or ('as before' if start else 'the defaults')}")
     if cfg.eval_only and not (val_sets and (start or cfg.pretrain_network)):
         raise SystemExit("eval_only: give the --name of a run that has a checkpoint, or --pretrain_network")
+    if cfg.pretrain_network and not start:
+        dataset.notices += [load_weights(net, cfg.pretrain_network, cfg.param_key, cfg.strict_load)]
+    _lock = open_folder(folder, cfg) if rank == 0 else None
+    reduced(torch.zeros(1))  # so all wait for the folder
+    log = Log(folder, start, cfg.use_tb_logger, cfg.wandb, vars(cfg)) if rank == 0 else lambda *x, **y: None
+    log(f"{folder}: continuing after iteration {start:,}" if start else f"{folder}: starting")
+    log(f"options: {', '.join(changed.values()) or ('as before' if start else 'the defaults')}")
     found = f"{len(dataset):,} {'pair' if cfg.dataroot_lq else 'image'}(s)" if dataset.pairs else "synthetic"
     sets = ", ".join(f"{k} ({len(v)})" for k, v in val_sets.items()) or "none"
     log("\nnote: ".join([f"data: {found}; " * (not cfg.eval_only) + f"validation: {sets}", *dataset.notices]))
-    if cfg.pretrain_network and not start:
-        log(load_weights(net, cfg.pretrain_network, cfg.param_key, cfg.strict_load))
     net.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(net).requires_grad_(False) if cfg.ema_decay else net
     params, averages = list(net.parameters()), list(ema.parameters())
     adam = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[cfg.optimizer]
     optimizer = adam(params, cfg.lr, cfg.betas, weight_decay=cfg.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-    sums = torch.zeros(5, device=device)  # since the last log: loss, norm, good, bad steps; bad in a row
+    sums = state["sums"][rank % len(state["sums"])].to(device)  # loss, norm, good, bad steps; bad in a row
     if start:
         ema.load_state_dict(weights["params_ema"])
         net.load_state_dict(weights["params"])
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]["state"]})
         scaler.load_state_dict(state["scaler"] or scaler.state_dict())
-        sums += state["sums"][rank % len(state["sums"])].to(device)
     if cfg.compile == "on" or (cfg.compile == "auto" and cuda and sys.platform == "linux"):
         for layer in net.layers:  # in place: no prefix in the state dict; alike: one compilation serves all
             layer.compile()
@@ -410,7 +410,6 @@ def main(cfg: Config) -> int | None:
 
     for name in {"SIGINT", "SIGTERM", "SIGUSR1"} & set(dir(signal)):
         signal.signal(getattr(signal, name), hear)
-    numbers = SampleNumbers(cfg.batch_size, rank, world, start, accumulate)
     loader = train_loader(dataset, numbers, min(cfg.num_workers, os.cpu_count() or 1), cuda)
     autocast = torch.autocast(device.type, torch.bfloat16 if amp == "bf16" else torch.float16, "16" in amp)
     form = "{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
@@ -463,8 +462,10 @@ def main(cfg: Config) -> int | None:
                 speed, gb = cfg.batch_size * steps / spent, torch.cuda.max_memory_allocated() / 1e9 or None
                 entry = {"loss": loss, "lr": lr, "grad_norm": norm, "skipped": bad, "time": spent / steps}
                 entry |= {"data_time": batches.wait / steps, "img_per_s": speed, "max_mem_gb": gb}
+                left = tqdm.format_interval(spent / steps * (cfg.total_iters - it))
                 text = f"iter {it:,}/{cfg.total_iters:,}: loss {loss:.4e}, lr {lr:.2e}, {speed:.1f} img/s, "
-                text += f"{batches.wait / spent:.0%} waiting for data" + f", {bad:.0f} skipped" * (bad > 0)
+                text += f"{left} left, {batches.wait / spent:.0%} waiting for data"
+                text += f", {bad:.0f} skipped" * (bad > 0)
                 text += " (try data.py pack or --num_workers)" * (batches.wait > spent / 4 and seen > start)
                 log(text, event="train", iter=it, **entry)
                 need(row < 50, "stopped: no finite loss in 50 steps; lower --lr, or try --grad_clip=1")
