@@ -272,6 +272,21 @@ def test_edited_options_are_told_and_impossible_ones_refused(run, tmp_path):
     assert len(list((tmp_path / "experiments").iterdir())) == 2
 
 
+def test_a_refused_start_leaves_everything_as_it_was(run, tmp_path):
+    shutil.copytree(run[0], tmp_path, dirs_exist_ok=True)
+    before = sorted(tmp_path.rglob("*"))
+    for options, words in (
+        (["--resume=never", "--pretrain_network=missing.pth"], "missing.pth"),
+        (["--name=other", "--pretrain_network=missing.pth"], "missing.pth"),
+        (["--name=other", "--accumulate=3"], "batch_size=4 is no multiple"),
+        (["--name=other", "--eval_only=True"], "--pretrain_network"),
+        (["--dataroot_gt=gt", "--sigma=50"], "must stay in this run"),
+    ):
+        code, text = train(tmp_path, *options)
+        assert code == 1 and words in text and "Traceback" not in text, text
+        assert sorted(tmp_path.rglob("*")) == before, options
+
+
 def test_another_protocol_has_its_own_best(tmp_path):
     photos(tmp_path / "gt")
     options = "--dataroot_gt=gt", "--val_gt=gt", "--val_freq=2", f"--seed={10**15}"
