@@ -290,7 +290,7 @@ def open_pairs(gts, lqs, scale=1, filename_tmpl="{}", meta_info_file=None, cache
                 continue
             lh, lw = lq.shapes[j][:2] if lqs else (h // scale, w // scale)
             if max(abs(lh * scale - h), abs(lw * scale - w)) >= scale:
-                sizes = f"{lh}x{lw}, not {h / scale:g}x{w / scale:g}, for {scale=}"
+                sizes = f"{lw}x{lh} pixels, not {w // scale}x{h // scale}, for {scale=}"
                 problems.append(f"{lq.root}/{lq.names[j]} and {gt.root}/{name} do not match: {sizes}")
             groups[-1].append((gt, i, lq if lqs else None, j, min(h // scale, lh), min(w // scale, lw)))
         unused = () if meta_info_file else set(by_name.values()) - {pair[3] for pair in groups[-1]}
@@ -494,4 +494,4 @@ if __name__ == "__main__":
     try:
         main(*sys.argv[1:])
     except (ValueError, OSError, SyntaxError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error}" + "; python data.py check finds all" * ("can't be read" in str(error)))

@@ -370,8 +370,8 @@ def main(cfg: Config) -> int | None:
             entry = {"psnr": value, "ssim": similar} | dict(zip(["psnrb"], unblocked, strict=False))
             entry |= {"input_psnr": before, "best_psnr": top, "best_iter": when, "protocol": protocol}
             text = f"validation {dataset}: {value:.2f} dB, SSIM {similar:.4f}"
-            text += "".join(f", PSNR-B {x:.2f} dB" for x in unblocked)
-            text += f"; input {before:.2f} dB, best {top:.2f} dB at {when:,} ({protocol})"
+            text += "".join(f", PSNR-B {x:.2f} dB" for x in unblocked) + f"; input {before:.2f} dB"
+            text += f", best {top:.2f} dB at {when:,}" * (it > 0) + f" ({protocol})"
             log(text, pictures, event="val", iter=it, dataset=dataset, **entry)
             if when == it and decides:
                 save_network("best", it)
