@@ -493,5 +493,5 @@ def main(command: str = "", *arguments: str) -> None:
 if __name__ == "__main__":
     try:
         main(*sys.argv[1:])
-    except (ValueError, OSError, SyntaxError) as error:
-        sys.exit(f"error: {error}" + "; python data.py check finds all" * ("can't be read" in str(error)))
+    except (ValueError, OSError, SyntaxError) as e:
+        sys.exit(f"error: {e}" + "; data.py check finds all" * ("can't" in str(e) and "check" not in str(e)))
