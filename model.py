@@ -454,7 +454,7 @@ def main() -> int | str | None:
     cli.add_argument("--device", default=best, help="cpu, cuda, cuda:1, mps (default: %(default)s)")
     cli.add_argument("--bf16", action="store_true", help="compute in bfloat16: faster, a little less exact")
     cli.add_argument("--onnx", type=Path, metavar="FILE", help="write the network as ONNX instead")
-    args, failed = cli.parse_intermixed_args(), []
+    args, failed, tiles = cli.parse_intermixed_args(), [], iter(range(1, sys.maxsize))
     if file := args.onnx and args.onnx.with_suffix(".onnx"):
         return print(f"{file}: {export_onnx(load(args.net), file)}")
     source, target, suffix = args.input, args.output, args.output and args.output.suffix.lower()
@@ -473,7 +473,8 @@ def main() -> int | str | None:
     here = source.resolve()
     if target.resolve() == here.parent or any(out.resolve().is_relative_to(here) for _, out in jobs):
         raise ValueError(f"{target}: the output must be neither {source}, nor its folder, nor in it")
-    for path, out in tqdm(jobs, str(target), unit="image"):
+    net.register_forward_hook(lambda *_: bar.set_postfix_str(f"tile {next(tiles)}"))
+    for path, out in (bar := tqdm(jobs, str(target), unit="image")):
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
             with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.bf16):
@@ -488,4 +489,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (ValueError, RuntimeError, OSError, AssertionError, ImportError, KeyboardInterrupt) as e:
-        sys.exit(f"model.py: {str(e) or 'stopped'}" + ": pip install it" * isinstance(e, ImportError))
+        sys.exit(f"error: {str(e) or 'stopped'}{': install onnx, onnxruntime' * isinstance(e, ImportError)}")
