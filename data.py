@@ -320,8 +320,9 @@ class PairedImageDataset(Dataset):
         need(self.margin is not None, f"{degradation=} is none of {[*DEGRADATIONS]}; give dataroot_lq/val_lq")
         found = dataroot_gt, dataroot_lq, scale, filename_tmpl, meta_info_file, cache_gb, whole, gt_size
         self.groups, sources, problems, self.notices = open_pairs(*found)
-        which = f" {dataroot_gt} {dataroot_lq or ''}".rstrip() * whole  # else the options say
-        need(not problems, "; ".join([*problems[:5], f"data.py check{which}, with these options, tells all"]))
+        how = [",".join(map(str, np.ravel(root))) for root in (dataroot_gt, dataroot_lq) if root]
+        how += [f"--{scale=}", f"--{filename_tmpl=!s}", f"--{meta_info_file=!s}"][: 2 + bool(meta_info_file)]
+        need(not problems, "; ".join([*problems[:5], f"python data.py check {' '.join(how)} tells all"]))
         need(all(self.groups), f"{meta_info_file} lists no image of one of the roots")
         fine = len(dataset_weights or self.groups) == len(self.groups) and min(dataset_weights or [1]) > 0
         need(fine, f"dataset_weights={dataset_weights}: give a positive one for each root")

@@ -444,7 +444,7 @@ def test_mistakes_with_data_are_named(tmp_path):
     assert "1.png" in text
     assert "20x20" in text
     text = wrong(tmp_path, "--val_gt=gt", "--val_lq=lq")
-    assert "data.py check gt lq, with these options, tells all" in text
+    assert "python data.py check gt lq --scale=1 --filename_tmpl={} tells all" in text
     (gt / "1.png").write_bytes((gt / "1.png").read_bytes()[:-200])
     assert "1.png" in wrong(tmp_path, "--dataroot_gt=gt")
     assert "nothing.pth" in wrong(tmp_path, "--pretrain_network=nothing.pth")
