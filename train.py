@@ -147,9 +147,8 @@ def load_config(argv: list[str]) -> Config:
                 advice = f"did you mean {near[0]}?" if near else "python train.py --help lists them all"
                 raise SystemExit(f"{arg}: unknown option {key}; {advice}")
             setattr(cfg, key, value if inspect.isfunction(value) else coerce(value, key, arg))
-    for key, value in vars(cfg).items():  # lr = lambda cfg: ... in a config file follows the other options
-        if inspect.isfunction(value):
-            setattr(cfg, key, coerce(value(cfg), key, "a config file"))
+    for key, rule in [(k, v) for k, v in vars(cfg).items() if inspect.isfunction(v)]:  # lr = lambda cfg: ...
+        setattr(cfg, key, coerce(rule(cfg), key, "a config file"))
     check(cfg)
     return cfg
 
@@ -427,7 +426,7 @@ def main(cfg: Config) -> int | None:
             if it > start + 1 and (save_now or late or code):
                 save(it - 1)
             if code or (late and it > start + 1):
-                log(f"stopped after iteration {it - 1:,}{', saved' * (it > 1)}: the same command continues")
+                log(f"stopped after iteration {it - 1:,}" + ", saved: the same command continues" * (it > 1))
                 break
             # The step. DropPath draws from (seed, iteration, rank).
             torch.manual_seed(((cfg.seed * 1_000_003 + it) * 4099 + rank) % 2**63)
@@ -462,10 +461,9 @@ def main(cfg: Config) -> int | None:
                 speed, gb = cfg.batch_size * steps / spent, torch.cuda.max_memory_allocated() / 1e9 or None
                 entry = {"loss": loss, "lr": lr, "grad_norm": norm, "skipped": bad, "time": spent / steps}
                 entry |= {"data_time": batches.wait / steps, "img_per_s": speed, "max_mem_gb": gb}
-                left = tqdm.format_interval(spent / steps * (cfg.total_iters - it))
                 text = f"iter {it:,}/{cfg.total_iters:,}: loss {loss:.4e}, lr {lr:.2e}, {speed:.1f} img/s, "
-                text += f"{left} left, {batches.wait / spent:.0%} waiting for data"
-                text += f", {bad:.0f} skipped" * (bad > 0)
+                text += f"{tqdm.format_interval(spent / steps * (cfg.total_iters - it))} left, "
+                text += f"{batches.wait / spent:.0%} waiting for data" + f", {bad:.0f} skipped" * (bad > 0)
                 text += " (try data.py pack or --num_workers)" * (batches.wait > spent / 4 and seen > start)
                 log(text, event="train", iter=it, **entry)
                 need(row < 50, "stopped: no finite loss in 50 steps; lower --lr, or try --grad_clip=1")
