@@ -42,7 +42,7 @@ def list_images(root: str | Path) -> list[Path]:
         subfolders[:] = sorted(inner[real] for real in inner.keys() - entered)
         entered |= inner.keys()
         paths += [Path(folder, f) for f in files if f[0] != "." and Path(f).suffix.lower() in kinds]
-    need(paths, f"{root} " + ("has no " + ", ".join(kinds) if os.path.isdir(root) else "is no folder"))
+    need(paths, f"{root} " + ("has no " + ", ".join(kinds) if os.path.isdir(root) else "is not there"))
     return sorted(paths)
 
 
@@ -190,12 +190,12 @@ class PackedImages:
 def pack(source: str | Path, target: str | Path) -> None:
     """Decodes the folder `source` into the file `target`, which bears its name only once it is whole."""
     folder, partial = ImageFolder(source, cache_gb=0), Path(f"{target}.partial")
-    need(not folder.problems, "; ".join([*folder.problems[:5], f"data.py check {source} tells all"]))
+    need(not folder.problems, "; ".join([*folder.problems[:5], f"python data.py check {source} tells all"]))
     sizes = [math.prod(shape) * depth for shape, depth in zip(folder.shapes, folder.depths, strict=True)]
     *starts, pixels = np.cumsum([0, *sizes]).tolist()
     index = json.dumps([folder.names, folder.shapes, folder.depths, starts]).encode()
     total, free = pixels + len(index) + 16, shutil.disk_usage(partial.absolute().parent).free
-    print(*folder.notices, f"{target}: {total / 1e9:.3g} GB of {len(sizes)} images", sep="\n")
+    print(*folder.notices, f"{len(sizes)} images, {total / 1e9:.3g} GB, for {target}", sep="\n")
     need(total < 0.98 * free, f"{target} would fill the disk: make room, or pack to another one")
     with partial.open("wb") as f, ThreadPoolExecutor(os.cpu_count()) as pool:
         np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": (total,)})
@@ -488,7 +488,8 @@ def main(command: str = "", *arguments: str) -> None:
         ImageOps.scale(Image.fromarray(sheet.numpy()), 1 + 100 // gt.shape[3], Image.NEAREST).save(paths[0])
         print(f"{paths[0]}: 8 training pairs, the inputs above, the ground truth below")
     else:
-        sys.exit(print(__doc__) if {"-h", "--help"} & {*sys.argv} else f"incomplete command:\n\n{__doc__}")
+        print(__doc__)
+        sys.exit(None if {"-h", "--help"} & {*sys.argv} else "pack takes two paths, check and preview one")
 
 
 if __name__ == "__main__":
