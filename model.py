@@ -204,7 +204,7 @@ class SwinIR(nn.Module):
         self.upscale, self.img_range, self.upsampler = upscale, img_range, upsampler or ""
         known = {"pixelshuffle": (1, 2, 3, 4, 8, 16), "nearest+conv": (2, 4)}.get(self.upsampler, [upscale])
         if self.upsampler not in HEADS or upscale not in known or resi_connection not in ("1conv", "3conv"):
-            raise ValueError(f"unknown {upsampler=} with {upscale=}, or {resi_connection=}: see SwinIR")
+            raise ValueError(f"unfit: {upscale=} (it can be {known}), {upsampler=} or {resi_connection=}")
         mean = (0.4488, 0.4371, 0.4040) if in_chans == 3 else (0.0,)  # DIV2K's mean colour
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         H, W = self.ape_size = [n // patch_size for n in np.broadcast_to(img_size, 2).tolist()]
@@ -335,7 +335,7 @@ def load_weights(net: SwinIR, path: str | Path, param_key: str = "params_ema", s
     left = [k for k in own | weights if k not in taken and not k.endswith(BUFFERS)]
     names = ", ".join(left[:5]) + f" and {len(left) - 5} more" * (len(left) > 5)
     if not taken or (strict and left):
-        other = "".join(f"; its {k} is {v}" for k, v in stated.items() if v != net.arguments.get(k))
+        other = "".join(f"; its {k} is {v!r}" for k, v in stated.items() if v != net.arguments.get(k))
         names += f" don't fit; strict_load=False takes {len(taken)} of {len(own)}"
         raise ValueError(f"{path}: {names}{other}")
     net.load_state_dict(taken, strict=False)
@@ -347,7 +347,7 @@ def tiled(f: Any, x: Tensor, dim: int, size: int, lap: int, s: int) -> Tensor:
     t = (torch.arange(lap * s, device=x.device, dtype=x.dtype) + 0.5) / (lap * s)
     fade = (t**8 / (t**8 + (1 - t) ** 8)).view(-1, *[1] * (3 - dim))
     out = x.new_empty(*x.shape[:2], x.shape[2] * s, x.shape[3] * s)
-    for start in range(0, max(x.shape[dim] - lap, 1), size - lap):
+    for start in tqdm(range(0, max(x.shape[dim] - lap, 1), size - lap), leave=False, delay=3, disable=None):
         part = f(x.narrow(dim, start, min(size, x.shape[dim] - start)))
         if start > 0:
             head = part.narrow(dim, 0, lap * s)
@@ -454,7 +454,7 @@ def main() -> int | str | None:
     cli.add_argument("--device", default=best, help="cpu, cuda, cuda:1, mps (default: %(default)s)")
     cli.add_argument("--bf16", action="store_true", help="compute in bfloat16: faster, a little less exact")
     cli.add_argument("--onnx", type=Path, metavar="FILE", help="write the network as ONNX instead")
-    args, failed, tiles = cli.parse_intermixed_args(), [], iter(range(1, sys.maxsize))
+    args, failed = cli.parse_intermixed_args(), []
     if file := args.onnx and args.onnx.with_suffix(".onnx"):
         return print(f"{file}: {export_onnx(load(args.net), file)}")
     source, target, suffix = args.input, args.output, args.output and args.output.suffix.lower()
@@ -473,8 +473,7 @@ def main() -> int | str | None:
     here = source.resolve()
     if target.resolve() == here.parent or any(out.resolve().is_relative_to(here) for _, out in jobs):
         raise ValueError(f"{target}: the output must be neither {source}, nor its folder, nor in it")
-    net.register_forward_hook(lambda *_: bar.set_postfix_str(f"tile {next(tiles)}"))
-    for path, out in (bar := tqdm(jobs, str(target), unit="image")):
+    for path, out in tqdm(jobs, str(target), unit="image"):
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
             with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.bf16):

@@ -508,7 +508,6 @@ def test_every_kind_of_image_comes_through_unchanged(tmp_path, in_chans):
     net = saved(tmp_path / "net.pth", identity(in_chans=in_chans))
     done = run(net, tmp_path / "in", "--tile=8", tmp_path / "out", "--device=cpu")
     assert done.returncode == 0, done.stderr
-    assert f"tile {6 * len(want)}" in done.stderr  # six of each image of 13x21
     for name, pixels in want.items():
         got = read((tmp_path / "out" / "deep" / name).with_suffix(".png"))
         assert got.dtype == pixels.dtype and np.array_equal(got, pixels), name
