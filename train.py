@@ -302,7 +302,7 @@ def main(cfg: Config) -> int | None:
         fixed |= {"seed", "batch_size", "optimizer", "degradation", "sigma", "quality"}
         fixed |= set() if cfg.dataroot_gt else {"dataroot_gt"}  # it may have been forgotten
     if start and (fixed := [text for k, text in changed.items() if k in fixed - {"use_checkpoint"}]):
-        raise SystemExit(f"{', '.join(fixed)} must stay in this run: give another --name, or --resume=never")
+        raise SystemExit(f"{', '.join(fixed)} must stay: give the old one, another --name, or --resume=never")
     if cfg.eval_only and not (val_sets and (start or cfg.pretrain_network)):
         raise SystemExit("eval_only: give the --name of a run that has a checkpoint, or --pretrain_network")
     if cfg.pretrain_network and not start:
@@ -405,7 +405,7 @@ def main(cfg: Config) -> int | None:
         if number in (signal.SIGINT, signal.SIGTERM):
             asked["code"] = 128 + number
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once; not SIGTERM, of which Slurm sends several
-            os.write(2, b"\nstopping after this iteration or validation; Ctrl-C again stops at once\n")
+            os.write(2, b"\nstopping after this iteration or validation; Ctrl-C again: at once, unsaved\n")
 
     for name in {"SIGINT", "SIGTERM", "SIGUSR1"} & set(dir(signal)):
         signal.signal(getattr(signal, name), hear)
