@@ -189,7 +189,7 @@ class PackedImages:
 
 def pack(source: str | Path, target: str | Path) -> None:
     """Decodes the folder `source` into the file `target`, which bears its name only once it is whole."""
-    folder, partial = ImageFolder(source, cache_gb=0), Path(f"{target}.partial")
+    folder, partial = ImageFolder(source, cache_gb=0, whole=True), Path(f"{target}.partial")
     need(not folder.problems, "; ".join([*folder.problems[:5], f"python data.py check {source} tells all"]))
     sizes = [math.prod(shape) * depth for shape, depth in zip(folder.shapes, folder.depths, strict=True)]
     *starts, pixels = np.cumsum([0, *sizes]).tolist()

@@ -531,6 +531,14 @@ def test_packing_never_overwrites_an_image(folder):
     assert (folder / "1.png").read_bytes() == before and (folder / "1.npy").exists()
 
 
+def test_packing_names_every_damaged_image_and_writes_nothing(folder, tmp_path):
+    for name in ("1.png", "2.png"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:-200])
+    with pytest.raises(ValueError, match=r"1\.png can't be read.*2\.png can't be read"):
+        data.pack(folder, tmp_path / "x.npy")
+    assert not list(tmp_path.glob("x.npy*"))
+
+
 def test_half_a_packed_file_is_refused(folder, tmp_path):
     data.pack(folder, tmp_path / "x.npy")
     whole = (tmp_path / "x.npy").read_bytes()
