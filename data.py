@@ -188,7 +188,7 @@ class PackedImages:
 
 
 def pack(source: str | Path, target: str | Path) -> None:
-    """Decodes the folder `source` into the file `target`, which bears its name only once it is whole."""
+    """Decodes the folder `source`, first to name all damage, then into `target`, there once it is whole."""
     folder, partial = ImageFolder(source, cache_gb=0, whole=True), Path(f"{target}.partial")
     need(not folder.problems, "; ".join([*folder.problems[:5], f"python data.py check {source} tells all"]))
     sizes = [math.prod(shape) * depth for shape, depth in zip(folder.shapes, folder.depths, strict=True)]
@@ -488,8 +488,7 @@ def main(command: str = "", *arguments: str) -> None:
         ImageOps.scale(Image.fromarray(sheet.numpy()), 1 + 100 // gt.shape[3], Image.NEAREST).save(paths[0])
         print(f"{paths[0]}: 8 training pairs, the inputs above, the ground truth below")
     else:
-        print(__doc__)
-        sys.exit(None if {"-h", "--help"} & {*sys.argv} else "pack takes two paths, check and preview one")
+        sys.exit(print(__doc__) if {"-h", "--help"} & {*sys.argv} else f"bad command or paths:\n\n{__doc__}")
 
 
 if __name__ == "__main__":
