@@ -347,7 +347,8 @@ def tiled(f: Any, x: Tensor, dim: int, size: int, lap: int, s: int) -> Tensor:
     t = (torch.arange(lap * s, device=x.device, dtype=x.dtype) + 0.5) / (lap * s)
     fade = (t**8 / (t**8 + (1 - t) ** 8)).view(-1, *[1] * (3 - dim))
     out = x.new_empty(*x.shape[:2], x.shape[2] * s, x.shape[3] * s)
-    for start in tqdm(range(0, max(x.shape[dim] - lap, 1), size - lap), leave=False, delay=3, disable=None):
+    steps, unit = range(0, max(x.shape[dim] - lap, 1), size - lap), "row" if dim == 2 else "tile"
+    for start in tqdm(steps, unit=unit, leave=False, delay=3, disable=len(steps) < 2 or None):
         part = f(x.narrow(dim, start, min(size, x.shape[dim] - start)))
         if start > 0:
             head = part.narrow(dim, 0, lap * s)
