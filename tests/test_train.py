@@ -284,7 +284,7 @@ def test_a_refused_start_leaves_everything_as_it_was(run, tmp_path):
         (["--name=other", "--pretrain_network=missing.pth"], "missing.pth"),
         (["--name=other", "--accumulate=3"], "batch_size=4 is no multiple"),
         (["--name=other", "--eval_only=True"], "--pretrain_network"),
-        (["--dataroot_gt=gt", "--sigma=50"], "must stay"),
+        (["--dataroot_gt=gt", "--sigma=50"], "must stay: give the old one"),
     ):
         code, text = train(tmp_path, *options)
         assert code == 1 and words in text and "Traceback" not in text, text
