@@ -282,7 +282,7 @@ def describe(args: argparse.Namespace) -> None:
     ways = [lambda b: b @ b]
     if args.device == "cpu":  # oneDNN's 1x1 convolution may be faster than MKL
         ways.append(lambda b: nn.functional.conv2d(b[None, None].permute(0, 3, 1, 2), b[..., None, None]))
-    for dtype in dict.fromkeys(MODES.values()):
+    for dtype in dict.fromkeys(MODES[mode] for mode in ["float32", *args.modes]):
         factors = [a[0, : n * n].view(n, n).to(dtype) for n in sides]  # the best size and way count
         runs = [(partial(way, b), 2 * len(b) ** 3) for b in factors for way in ways]
         args.flops[dtype] = max(flop / timed(run, args.device) for run, flop in runs for _ in range(20))
@@ -296,7 +296,7 @@ def main() -> None:
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     cli.add_argument("--recipes", nargs="+", choices=RECIPES, default=[*RECIPES])
-    cli.add_argument("--modes", nargs="+", choices=MODES, help="default: all; on a CPU float32 bf16")
+    cli.add_argument("--modes", nargs="+", choices=MODES, help="default: all; a CPU's: float32, bf16 if fast")
     cli.add_argument("--batch", type=int, help="default: the recipe's; on a CPU 1, lightweight 2, tiny 4")
     cli.add_argument("--repeats", type=int, default=5, help="rounds, in which all take turns")
     cli.add_argument("--device", choices=("cuda", "mps", "cpu"), default=best)
@@ -310,7 +310,6 @@ def main() -> None:
     args = cli.parse_args()
     if args.basicsr:
         import lmdb  # noqa: F401  what would be missed only at the end
-    modes = args.modes or [*MODES][: 2 if args.device == "cpu" else 3]  # compiling takes long there
     args.peer = args.peer and import_peer(args.peer)
     os.chdir(bench_data.ROOT)
     recipes = {name: load_config(RECIPES[name]) for name in args.recipes}
@@ -319,7 +318,9 @@ def main() -> None:
         if args.quick:
             cfg.gt_size, args.repeats = 2 * cfg.window_size * cfg.scale, 1
             cfg.embed_dim, cfg.depths, cfg.num_heads = 12, (2,), (2,)
-    hardware(Config(device=args.device), 1)  # as train.py: cuDNN's search, or on a CPU to keep freed memory
+    amp = hardware(Config(device=args.device), 1)[1]  # as train.py: cuDNN's search, a CPU's freed memory
+    usual = 3 if args.device != "cpu" else 2 if amp == "bf16" else 1  # there, compiling takes long
+    modes = args.modes = args.modes or [*MODES][:usual]
     torch.set_float32_matmul_precision("highest")  # PyTorch's default: TF32 in convolutions alone
     describe(args)
     if args.sizes:

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_quick_benchmark_reports_every_recipe():
     recipes, modes = ("denoise", "classical", "lightweight", "jpeg", "tiny"), ("float32", "bf16")
     command = [sys.executable, "tests/bench.py", "--quick", "--device", "cpu", "--recipes", *recipes]
+    command += ["--modes", *modes]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -32,6 +33,9 @@ def test_quick_sizes_have_their_rows():
         "--recipes",
         "tiny",
         "lightweight",
+        "--modes",
+        "float32",
+        "bf16",
     ]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
