@@ -231,8 +231,7 @@ def open_data(cfg: Config) -> tuple[PairedImageDataset, dict[str, ValidationImag
 
 def open_folder(folder: Path, cfg: Config) -> Any:
     """Makes experiments/<name>; the open file locks it until the process ends, however it ends."""
-    for name in ("models", "training_states"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "w")
     with contextlib.suppress(ImportError):  # Windows has no fcntl, and so no lock
         import fcntl
@@ -253,6 +252,7 @@ def write(path: Path, content: Any) -> None:
     """Writes text, or an object by torch.save, so that `path` is always whole: the old content or the new."""
     partial = path.with_name(path.name + ".partial")
     try:
+        path.parent.mkdir(exist_ok=True)
         partial.write_text(content) if isinstance(content, str) else torch.save(content, partial)
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
@@ -294,7 +294,7 @@ def main(cfg: Config) -> int | None:
     folder = Path("experiments") / cfg.name  # what must be refused is, before it is touched
     state, weights = last_checkpoint(folder if cfg.resume == "auto" else folder / "to be moved away")
     start, best, before = (state[k] for k in ("iter", "best", "config"))
-    how = "{}: {} -> {}" if start else "{0}={2}"
+    how, at = ("{}: {} -> {}", f" iteration {start:,}") if start else ("{0}={2}", "")
     changed = {k: how.format(k, before[k], v) for k, v in vars(cfg).items() if before.get(k, v) != v}
     fixed = {*options_of(SwinIR, cfg), "scale", *["pretrain_network"] * bool(cfg.pretrain_network)}
     if not cfg.eval_only:
@@ -310,7 +310,7 @@ def main(cfg: Config) -> int | None:
     _lock = open_folder(folder, cfg) if rank == 0 else None
     reduced(torch.zeros(1))  # so all wait for the folder
     log = Log(folder, start, cfg.use_tb_logger, cfg.wandb, vars(cfg)) if rank == 0 else lambda *x, **y: None
-    log(f"{folder}: continuing after iteration {start:,}" if start else f"{folder}: starting")
+    log(f"{folder}: {'evaluating' if cfg.eval_only else 'continuing after' if start else 'starting'}{at}")
     log(f"options: {', '.join(changed.values()) or ('as before' if start else 'the defaults')}")
     found = f"{len(dataset):,} {'pair' if cfg.dataroot_lq else 'image'}(s)" if dataset.pairs else "synthetic"
     sets = ", ".join(f"{k} ({len(v)})" for k, v in val_sets.items()) or "none"
@@ -453,8 +453,6 @@ def main(cfg: Config) -> int | None:
             sums[4] *= bad
             # The rest looks, tells and saves. Only reading values waits for the GPU.
             spent, steps, last = time.perf_counter() - since, it - seen, it == cfg.total_iters
-            if cpu or it == start + 1 or it % cfg.print_freq == 0:
-                bar.set_postfix_str(f"loss {total.item():.2e}, lr {lr:.1e}")
             if it % cfg.print_freq == 0 or last:
                 loss, norm, good, bad, row = reduced(sums / world).tolist()
                 loss, norm = (x / good if good else math.nan for x in (loss, norm))
@@ -476,6 +474,8 @@ def main(cfg: Config) -> int | None:
             if it % cfg.save_checkpoint_freq == 0 or last:
                 save(it)
             since += time.perf_counter() - paused
+            if cpu or it == start + 1 or it % cfg.print_freq == 0:
+                bar.set_postfix_str(f"loss {total.item():.2e}, lr {lr:.1e}")
         else:
             log(f"finished: the weights are in {folder / 'models'}; to go on, raise --total_iters")
     return code
