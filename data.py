@@ -480,7 +480,7 @@ def main(command: str = "", *arguments: str) -> None:
         groups, _, problems, notices = open_pairs(*how, whole=True, gt_size=known["gt_size"])
         print(f"{sum(map(len, groups))} readable image(s) or pair(s)", *notices, *problems, sep="\n")
         sys.exit(f"problems: {len(problems)}" if problems else print("no problems"))
-    elif command == "preview" and len(paths) == 1:
+    elif command == "preview" and len(paths) == 1 and Path(paths[0]).suffix:
         need(not Path(paths[0]).exists(), f"{paths[0]} is there already: give a name that isn't")
         lq, gt = next(Prefetcher(train_loader(PairedImageDataset(**known), SampleNumbers(8), 0), "cpu"))
         sheet = torch.cat([torch.nn.functional.interpolate(lq, gt.shape[2:]), gt], 2).clip(0, 1) * 255

@@ -72,8 +72,7 @@ def ssim(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False) 
     pred, target, peak = _planes(pred, target, crop_border, y)
     need(min(pred.shape[1:]) >= 11, f"SSIM needs 11x11 pixels inside the border, not {pred.shape[1:]}")
     window = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))  # 11x11, Gaussian, sigma 1.5: along W, then H
-    window /= window.sum()
-    c1, c2 = (0.01 * peak) ** 2, (0.03 * peak) ** 2
+    window, c1, c2 = window / window.sum(), (0.01 * peak) ** 2, (0.03 * peak) ** 2
     values = []
     for a, b in zip(pred, target, strict=True):  # one channel at a time, for the sake of memory
         maps = np.stack([a, b, a * a + b * b, a * b])  # (4, H, W) -> (4, H - 10, W - 10): where it fits
@@ -151,8 +150,7 @@ class PerceptualLoss(torch.nn.Module):
                 for kind in ("weight", "bias") if name.startswith("conv") else ():
                     self.register_buffer(f"{name}_{kind}", file[f"features.{n}.{kind}"], persistent=False)
         except Exception as error:
-            why = f"no VGG19 weights from {source} ({error!r:.200})"
-            raise ValueError(f"{why}: put {VGG19_URL} at {VGG19_FILE}") from error
+            raise ValueError(f"{source}: {error!r:.200}; put {VGG19_URL} at {VGG19_FILE}") from error
         for name, value in (("mean", [0.485, 0.456, 0.406]), ("std", [0.229, 0.224, 0.225])):  # ImageNet's
             self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
 
@@ -199,7 +197,8 @@ class Log:
     TensorBoard, Weights & Biases. A restart takes back those after `start`. ValueError: missing package."""
 
     def __init__(self, folder: Path, start=0, tensorboard=False, wandb=None, config: dict | None = None):
-        self.folder, self.file, self.board, self.run, kept = folder, folder / "log.jsonl", None, None, []
+        self.folder, self.file, self.board, self.run = folder, folder / "log.jsonl", None, None
+        kept, start = [], 2**62 if (config or {}).get("eval_only") else start  # evaluation leaves all
         for line in self.file.read_text().splitlines(keepends=True) if self.file.exists() else ():
             with contextlib.suppress(ValueError):  # a crash can cut the last line
                 kept += [line] if json.loads(line)["iter"] <= start else []

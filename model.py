@@ -292,7 +292,7 @@ def read_weights(path: str | Path, param_key: str) -> tuple[dict[str, Tensor], d
         weights = {PREFIX.sub("", k): v for k, v in weights.items() if isinstance(v, Tensor)}
         return weights, dict(file.get("arguments", {}))
     except Exception as e:  # unpickling a damaged file raises anything
-        why = "refused: it is damaged, or holds more than tensors and plain values; get it again"
+        why = "refused: it is no checkpoint, or damaged, or holds more than tensors and plain values"
         raise ValueError(f"{path}: {getattr(e, 'strerror', '') or why}") from e
 
 
@@ -362,9 +362,10 @@ def restore(net: SwinIR, image: Tensor, tile: int | None = None, overlap=32, ens
     """The network's output for a float image (B, C, H, W) in [0, 1] of any size, on the image's device.
     tile, overlap: input pixels. Tiles stand on the window grid, at most two overlapping; without `tile`, and
     where it is too large for the memory, they are as large as fits. ensemble: mean of the 8 symmetries."""
-    B, C, H, W = image.shape
+    (B, C, H, W), cuda = image.shape, net.mean.is_cuda
     device, w, s = net.mean.device, net.window_size, net.upscale if net.upsampler else 1
-    free = 0.7 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 1.2e9  # bytes
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) if cuda else 0
+    free = 0.7 * (torch.cuda.mem_get_info(device)[0] + cached) if cuda else 1.2e9  # bytes
     head = 3 * 64 if len(net.conv_before_upsample) else 2 * C  # channels at the output's size
     floats = B * (4 * net.arguments["embed_dim"] + 4 * w * w + 64 + head * s * s)  # per input pixel, measured
     limit = max(H, W) if H * W * floats * 4 <= free else isqrt(int(free / 4 / floats))

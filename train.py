@@ -37,7 +37,6 @@ from model import SwinIR, load_weights, portable, restore
 
 @dataclass
 class Config:
-    # run
     name: str = "denoise_color25"  # results go to experiments/<name>
     seed: int = 0  # of all that is drawn: initial weights, samples, DropPath
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -232,13 +231,13 @@ def open_data(cfg: Config) -> tuple[PairedImageDataset, dict[str, ValidationImag
 def open_folder(folder: Path, cfg: Config) -> Any:
     """Makes experiments/<name>; the open file locks it until the process ends, however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "w")
+    file = None
     with contextlib.suppress(ImportError):  # Windows has no fcntl, and so no lock
         import fcntl
 
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            fcntl.lockf(file := open(folder / ".lock", "w"), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             raise SystemExit(f"{folder} is in use by another run: wait, or give this one a --name") from None
     bare = any(folder.glob("models/*.pth")) and not any(folder.glob("training_states/*.state"))
     if (cfg.resume == "never" and (folder / "config.json").exists()) or (bare and not cfg.eval_only):
@@ -307,8 +306,7 @@ def main(cfg: Config) -> int | None:
         raise SystemExit("eval_only: give the --name of a run that has a checkpoint, or --pretrain_network")
     if cfg.pretrain_network and not start:
         dataset.notices += [load_weights(net, cfg.pretrain_network, cfg.param_key, cfg.strict_load)]
-    _lock = open_folder(folder, cfg) if rank == 0 else None
-    reduced(torch.zeros(1))  # so all wait for the folder
+    _lock = open_folder(folder, cfg) if reduced(torch.ones(1)) and rank == 0 else None  # once all have read
     log = Log(folder, start, cfg.use_tb_logger, cfg.wandb, vars(cfg)) if rank == 0 else lambda *x, **y: None
     log(f"{folder}: {'evaluating' if cfg.eval_only else 'continuing after' if start else 'starting'}{at}")
     log(f"options: {', '.join(changed.values()) or ('as before' if start else 'the defaults')}")
@@ -327,10 +325,12 @@ def main(cfg: Config) -> int | None:
         net.load_state_dict(weights["params"])
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]["state"]})
         scaler.load_state_dict(state["scaler"] or scaler.state_dict())
+    model = torch.nn.parallel.DistributedDataParallel(net) if world > 1 else net
+    if world > 1:  # a first backward sets its buckets, and so how sums round: a restart must agree in them
+        model(torch.zeros(1, cfg.in_chans, *[cfg.window_size] * 2, device=device)).sum().backward()
     if cfg.compile == "on" or (cfg.compile == "auto" and cuda and sys.platform == "linux"):
         for layer in net.layers:  # in place: no prefix in the state dict; alike: one compilation serves all
             layer.compile()
-    model = torch.nn.parallel.DistributedDataParallel(net) if world > 1 else net
     model.broadcast_buffers = False  # DDP's; as an argument it is deprecated, and its new name too new
     work = f"{device}, {amp}, {world} rank(s) x {accumulate} micro-batch(es)"
     log(f"network: {sum(p.numel() for p in params):,} parameters; torch {torch.__version__}, {work}")
@@ -429,6 +429,7 @@ def main(cfg: Config) -> int | None:
                 log(f"stopped after iteration {it - 1:,}" + ", saved: the same command continues" * (it > 1))
                 break
             # The step. DropPath draws from (seed, iteration, rank).
+            optimizer.zero_grad()
             torch.manual_seed(((cfg.seed * 1_000_003 + it) * 4099 + rank) % 2**63)
             lr = optimizer.param_groups[0]["lr"] = lr_at(it, cfg)
             total = 0.0
@@ -442,11 +443,10 @@ def main(cfg: Config) -> int | None:
                 bar.update(1 / accumulate)
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
-            good = norm.isfinite().float()
-            optimizer.found_inf = bad = 1 - good  # where it is 1, the fused step changes nothing
-            scaler.step(optimizer)
+            bad = 1 - (good := norm.isfinite().float())
+            optimizer.found_inf = bad if cuda or cpu else None  # 1: the fused step does nothing, but on MPS
+            (cuda or cpu or good) and scaler.step(optimizer)
             scaler.update()
-            optimizer.zero_grad()
             if cfg.ema_decay:  # it grows to its value: in short runs 0.999 would keep the initial weights
                 torch._foreach_lerp_(averages, params, 1 - min(cfg.ema_decay, (1 + it) / (10 + it)))
             sums += torch.stack([total.where(good > 0, 0), norm.where(good > 0, 0), good, bad, bad])
