@@ -197,8 +197,7 @@ class Log:
     TensorBoard, Weights & Biases. A restart takes back those after `start`. ValueError: missing package."""
 
     def __init__(self, folder: Path, start=0, tensorboard=False, wandb=None, config: dict | None = None):
-        self.folder, self.file, self.board, self.run = folder, folder / "log.jsonl", None, None
-        kept, start = [], 2**62 if (config or {}).get("eval_only") else start  # evaluation leaves all
+        self.folder, self.file, self.board, self.run, kept = folder, folder / "log.jsonl", None, None, []
         for line in self.file.read_text().splitlines(keepends=True) if self.file.exists() else ():
             with contextlib.suppress(ValueError):  # a crash can cut the last line
                 kept += [line] if json.loads(line)["iter"] <= start else []

@@ -307,7 +307,8 @@ def main(cfg: Config) -> int | None:
     if cfg.pretrain_network and not start:
         dataset.notices += [load_weights(net, cfg.pretrain_network, cfg.param_key, cfg.strict_load)]
     _lock = open_folder(folder, cfg) if reduced(torch.ones(1)) and rank == 0 else None  # once all have read
-    log = Log(folder, start, cfg.use_tb_logger, cfg.wandb, vars(cfg)) if rank == 0 else lambda *x, **y: None
+    kept = 2**62 if cfg.eval_only else start  # an evaluation takes nothing back
+    log = Log(folder, kept, cfg.use_tb_logger, cfg.wandb, vars(cfg)) if rank == 0 else lambda *x, **y: None
     log(f"{folder}: {'evaluating' if cfg.eval_only else 'continuing after' if start else 'starting'}{at}")
     log(f"options: {', '.join(changed.values()) or ('as before' if start else 'the defaults')}")
     found = f"{len(dataset):,} {'pair' if cfg.dataroot_lq else 'image'}(s)" if dataset.pairs else "synthetic"
@@ -429,8 +430,8 @@ def main(cfg: Config) -> int | None:
                 log(f"stopped after iteration {it - 1:,}" + ", saved: the same command continues" * (it > 1))
                 break
             # The step. DropPath draws from (seed, iteration, rank).
-            optimizer.zero_grad()
             torch.manual_seed(((cfg.seed * 1_000_003 + it) * 4099 + rank) % 2**63)
+            optimizer.zero_grad()
             lr = optimizer.param_groups[0]["lr"] = lr_at(it, cfg)
             total = 0.0
             for micro, (lq, gt) in enumerate(pairs):

@@ -319,7 +319,7 @@ def main() -> None:
             cfg.gt_size, args.repeats = 2 * cfg.window_size * cfg.scale, 1
             cfg.embed_dim, cfg.depths, cfg.num_heads = 12, (2,), (2,)
     amp = hardware(Config(device=args.device), 1)[1]  # as train.py: cuDNN's search, a CPU's freed memory
-    usual = 3 if args.device != "cpu" else 2 if amp == "bf16" else 1  # there, compiling takes long
+    usual = 3 if args.device != "cpu" else 2 if amp == "bf16" else 1  # on a CPU compiling takes long
     modes = args.modes = args.modes or [*MODES][:usual]
     torch.set_float32_matmul_precision("highest")  # PyTorch's default: TF32 in convolutions alone
     describe(args)

@@ -526,6 +526,19 @@ def test_fp16_and_bf16_and_no_average_run(tmp_path):
         assert code == 0, text
 
 
+def test_evaluation_takes_nothing_back_from_the_log(run):
+    cwd, _ = run
+    folder = cwd / "experiments/stateless"
+    shutil.copytree(cwd / "experiments/denoise_color25", folder)
+    shutil.rmtree(folder / "training_states")
+    before = (folder / "log.jsonl").read_text()
+    options = "--name=stateless", "--eval_only=True", f"--pretrain_network={folder}/models/net_g_6.pth"
+    code, text = train(cwd, *options)
+    assert code == 0 and "stateless: evaluating" in text, text
+    after = (folder / "log.jsonl").read_text()
+    assert before and after.startswith(before) and after != before
+
+
 def test_evaluation_names_its_protocol_and_pads_like_the_paper(run, tmp_path):
     cwd, _ = run
     options = "--eval_only=True", "--pretrain_network=absent.pth", "--drop_path_rate=0.3"
