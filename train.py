@@ -53,8 +53,8 @@ class Config:
     meta_info_file: str | None = None  # lists the files to use, as a/1.png below dataroot_gt; None: all
     degradation: str = "noise"  # noise, jpeg, bicubic: see DEGRADATIONS in data.py
     sigma: float | tuple = 25.0  # noise: deviation of 255, or a range as 0,50, whose end is validated
-    quality: float | tuple = 40.0  # jpeg: 1 to 100, or a range as 10,40, whose start is validated
-    gt_size: int = 128  # side of the ground-truth patch in pixels
+    quality: int | tuple = 40  # jpeg: 1 to 100, or a range as 10,40, whose start is validated
+    gt_size: int = 128  # side of the ground-truth patch in pixels: a multiple of scale x window_size
     use_hflip: bool = True  # horizontal flips
     use_rot: bool = True  # vertical flips and transpositions: with use_hflip, all eight symmetries
     num_workers: int = 4  # loader processes per rank, at most one per core
@@ -174,7 +174,7 @@ def check(cfg: Config) -> None:
     must((cfg.upsampler == "") == (cfg.scale == 1), "upsampler", "'' for scale=1, and only then")
     flat = {"noise": True, "jpeg": True, "bicubic": False}.get(cfg.degradation, cfg.scale == 1)
     must(cfg.dataroot_lq or flat == (cfg.scale == 1), "degradation", "bicubic or your own for scale > 1 only")
-    must(cfg.gt_size % (cfg.scale * cfg.window_size) == 0, "gt_size", "a multiple of scale x window_size")
+    must(not cfg.gt_size % (n := cfg.scale * cfg.window_size), "gt_size", f"N x {n} (scale x window_size)")
 
 
 def options_of(function: Any, cfg: Config) -> dict[str, Any]:
@@ -221,7 +221,8 @@ def open_data(cfg: Config) -> tuple[PairedImageDataset, dict[str, ValidationImag
     need(not cfg.val_lq or (cfg.val_gt and len(lq) == len(gt)), "give one val_lq for each val_gt")
     val_sets, shared = {}, {k: getattr(cfg, k) for k in ("degradation", "scale", "in_chans", "filename_tmpl")}
     shared |= {"sigma": np.max(cfg.sigma), "quality": np.min(cfg.quality), "crop_border": cfg.crop_border}
-    for i, root in enumerate(gt if cfg.val_gt or not cfg.dataroot_lq else ()):
+    wanted = (cfg.val_freq or cfg.eval_only) and (cfg.val_gt or not cfg.dataroot_lq)
+    for i, root in enumerate(gt if wanted else ()):
         name = Path(root).resolve().stem if root else "synthetic"
         name += f"_{i + 1}" * (name in val_sets)  # folders of the same name
         val_sets[name] = ValidationImages(root, lq[i] if cfg.val_lq else None, **shared)
@@ -240,7 +241,7 @@ def open_folder(folder: Path, cfg: Config) -> Any:
         except BlockingIOError:
             raise SystemExit(f"{folder} is in use by another run: wait, or give this one a --name") from None
     bare = any(folder.glob("models/*.pth")) and not any(folder.glob("training_states/*.state"))
-    if (cfg.resume == "never" and (folder / "config.json").exists()) or (bare and not cfg.eval_only):
+    if not cfg.eval_only and (bare or (cfg.resume == "never" and (folder / "config.json").exists())):
         archive = folder.rename(folder.with_name(f"{cfg.name}_archived_{time.strftime('%Y%m%d_%H%M%S')}"))
         print(f"{folder} {'has no training states, so it ' * bare}was moved to {archive}")
         return open_folder(folder, cfg)
@@ -291,7 +292,7 @@ def main(cfg: Config) -> int | None:
         return x
 
     folder = Path("experiments") / cfg.name  # what must be refused is, before it is touched
-    state, weights = last_checkpoint(folder if cfg.resume == "auto" else folder / "to be moved away")
+    state, weights = last_checkpoint(folder if cfg.resume == "auto" or cfg.eval_only else folder / "moved")
     start, best, before = (state[k] for k in ("iter", "best", "config"))
     how, at = ("{}: {} -> {}", f" iteration {start:,}") if start else ("{0}={2}", "")
     changed = {k: how.format(k, before[k], v) for k, v in vars(cfg).items() if before.get(k, v) != v}
@@ -384,11 +385,10 @@ def main(cfg: Config) -> int | None:
 
     def save(it: int) -> None:
         save_network(it, it)
-        table = torch.eye(world)[rank, :, None] * sums.cpu()  # a row for each rank
-        content = {"iter": it, "best": best, "sums": reduced(table), "config": vars(cfg)}
+        content = {"iter": it, "best": best, "config": vars(cfg), "scaler": scaler.state_dict()}
+        content["sums"] = reduced(torch.eye(world)[rank, :, None] * sums.cpu())  # a row for each rank
         if rank == 0:
-            content |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            write(folder / "training_states" / f"{it}.state", content)
+            write(folder / "training_states" / f"{it}.state", content | {"optimizer": optimizer.state_dict()})
             saved = sorted(i for p in folder.glob("training_states/*.state") if (i := int(p.stem)) <= it)
             for old in saved[: -cfg.keep_last] if cfg.keep_last else []:  # later ones would be damaged
                 (folder / "models" / f"net_g_{old}.pth").unlink(missing_ok=True)  # found again if killed here
@@ -469,7 +469,7 @@ def main(cfg: Config) -> int | None:
                 sums[:4] = 0
                 since, batches.wait, seen = time.perf_counter(), 0.0, it
             paused = time.perf_counter()
-            if val_sets and cfg.val_freq and (it % cfg.val_freq == 0 or last):
+            if val_sets and (it % cfg.val_freq == 0 or last):
                 bar.set_postfix_str("validating")
                 validate(it)
             if it % cfg.save_checkpoint_freq == 0 or last:

@@ -109,9 +109,9 @@ def test_options_are_read_in_their_type(args, name, value):
         ("--name=../up", ["name"]),
         ("--name=", ["name"]),
         ("--name=..", ["name"]),
-        ("--gt_size=100", ["gt_size", "window_size"]),
+        ("--gt_size=100", ["gt_size", "N x 8", "window_size"]),
         ("--degradation=bicubic", ["degradation", "scale > 1"]),
-        ("--quality=200", ["quality", "at least 0, below 101"]),
+        ("--quality=200", ["quality", "at least 1, below 101"]),
         ("--sigma=1,2,3 --total_iters=0", ["total_iters", "it must be at least 1"]),
         ("nowhere.py", ["nowhere.py"]),
         ("--total_iters 5", ["--total_iters=VALUE"]),
@@ -445,7 +445,7 @@ def test_steps_without_a_finite_loss_are_skipped(tmp_path):
 
 
 def wrong(tmp_path, *options):
-    code, text = train(tmp_path, *options)
+    code, text = train(tmp_path, "--val_freq=9", *options)
     assert code != 0
     assert "Traceback" not in text, text
     return text
@@ -537,6 +537,14 @@ def test_evaluation_takes_nothing_back_from_the_log(run):
     assert code == 0 and "stateless: evaluating" in text, text
     after = (folder / "log.jsonl").read_text()
     assert before and after.startswith(before) and after != before
+    code, text = train(cwd, *options, "--resume=never")  # and moves nothing
+    assert code == 0 and "moved" not in text, text
+    assert (folder / "log.jsonl").read_text().startswith(after)
+
+
+def test_without_validations_no_image_of_them_is_read(tmp_path):
+    code, text = train(tmp_path, "--val_gt=nowhere", "--total_iters=1")
+    assert code == 0 and "validation: none" in text, text
 
 
 def test_evaluation_names_its_protocol_and_pads_like_the_paper(run, tmp_path):
