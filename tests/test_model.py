@@ -611,6 +611,12 @@ def test_onnx_is_the_network_at_any_size(tmp_path, upsampler, upscale):
         assert abs(session.run(None, {"x": x.numpy()})[0] - net(x).detach().numpy()).max() < 1e-5
 
 
+@pytest.mark.parametrize(("channels", "dtype"), [((1,), "float32"), ((), "float32"), ((3,), "uint8")])
+def test_restore_refuses_what_it_would_spoil(channels, dtype):
+    with pytest.raises(ValueError, match=rf"give \(B, 3, H, W\) floats, not torch\.{dtype}"):
+        restore(identity(), torch.zeros(3, *channels, 8, 8, dtype=getattr(torch, dtype)))
+
+
 @pytest.mark.skipif(
     find_spec("onnx") is None or find_spec("onnxruntime") is None, reason="needs onnx, onnxruntime"
 )
