@@ -469,7 +469,7 @@ def main(command: str = "", *arguments: str) -> None:
         if key not in (*names, "help"):  # an option of train.py, or a typing error
             print(f"--{key} isn't used by data.py")
         number = key == "dataset_weights" or isinstance(names.get(key), int | float)
-        need(not number or text[:1].isdigit() or text in ("True", "False"), f"--{key}={text} is no number")
+        need(not number or text[:1].isdigit() or text in ("True", "False"), f"--{key}=NUMBER, not {text!r}")
         options[key] = ast.literal_eval(f"{text}," if key == "dataset_weights" else text) if number else text
     options |= zip(("dataroot_gt", "dataroot_lq"), paths, strict=False) if command == "check" else {}
     known = {k: v(type("cfg", (), options)) if callable(v := options[k]) else v for k in names}
@@ -478,7 +478,7 @@ def main(command: str = "", *arguments: str) -> None:
     elif command == "check" and known["dataroot_gt"]:  # decode all
         how = [known[k] for k in "dataroot_gt dataroot_lq scale filename_tmpl meta_info_file".split()]
         groups, _, problems, notices = open_pairs(*how, whole=True, gt_size=known["gt_size"])
-        print(f"{sum(map(len, groups))} readable image(s) or pair(s)", *notices, *problems, sep="\n")
+        print(f"{sum(map(len, groups))} image(s) or pair(s) found", *notices, *problems, sep="\n")
         sys.exit(f"problems: {len(problems)}" if problems else print("no problems"))
     elif command == "preview" and len(paths) == 1 and Path(paths[0]).suffix:
         need(not Path(paths[0]).exists(), f"{paths[0]} is there already: give a name that isn't")

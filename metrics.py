@@ -194,7 +194,7 @@ def strip(lq: np.ndarray, out: np.ndarray, gt: np.ndarray, before: float, after:
 
 class Log:
     """Lines for people (terminal, log.txt), events for programs: log.jsonl, curves.png (given matplotlib),
-    TensorBoard, Weights & Biases. A restart takes back those after `start`. ValueError: missing package."""
+    TensorBoard, Weights & Biases. A restart takes back those after `start`. ValueError: no package, login."""
 
     def __init__(self, folder: Path, start=0, tensorboard=False, wandb=None, config: dict | None = None):
         self.folder, self.file, self.board, self.run, kept = folder, folder / "log.jsonl", None, None, []
@@ -212,8 +212,8 @@ class Log:
                 self.picture = (package := importlib.import_module("wandb")).Image
                 run = {"project": wandb, "id": f"{folder.name}-{folder.stat().st_ino}", "resume": "allow"}
                 self.run = package.init(dir=folder, name=folder.name, config=config, **run)
-        except ImportError as error:
-            raise ValueError(f"{error.name} is missing: pip install {error.name}") from None
+        except Exception as error:
+            raise ValueError(f"{error} (pip install it; W&B: wandb login, or WANDB_MODE=offline)") from None
 
     def __call__(self, text: str, pictures: dict | tuple = (), event: str = "", **values: object) -> None:
         tqdm.write(text)
@@ -238,9 +238,9 @@ class Log:
     def draw(self) -> None:
         with contextlib.suppress(ImportError):
             figure = importlib.import_module("matplotlib.figure").Figure((12, 3.5), layout="constrained")
-            events = [json.loads(line) for line in self.file.read_text().splitlines()]
+            log = [e for i in self.file.read_text().splitlines() if not (e := json.loads(i)).get("eval_only")]
             for axis, key in zip(figure.subplots(1, 3), ("loss", "lr", "psnr"), strict=True):
-                points = [(e.get("dataset", "training"), e["iter"], e[key]) for e in events if key in e]
+                points = [(e.get("dataset", "training"), e["iter"], e[key]) for e in log if key in e]
                 for name in dict.fromkeys(name for name, *_ in points):
                     axis.plot(*zip(*(xy for n, *xy in points if n == name), strict=True), ".-", label=name)
                     axis.legend()
@@ -287,7 +287,7 @@ def main() -> None:
     if args.restored.is_dir():
         files, wanted = _images(args.restored), _images(args.ground_truth, args.filename_tmpl)
     pairs = [(name, files[name], wanted[name]) for name in wanted if name in files]
-    troubles = [f"{wanted[name]}: no {name} in {args.restored}" for name in wanted if name not in files]
+    troubles = [f"{wanted[n]}: no {n} in {args.restored} (filename_tmpl?)" for n in wanted if n not in files]
     troubles += [f"{files[name]}: no partner in {args.ground_truth}" for name in files if name not in wanted]
     rows, colours, width = [], set(), max(len(name) for name, *_ in [*pairs, ["mean of 1000"]])
     line = f"{{:{width}}}  PSNR {{:8.4f}} dB  SSIM {{:.6f}}  PSNR-B {{:8.4f}} dB"

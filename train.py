@@ -171,7 +171,7 @@ def check(cfg: Config) -> None:
         must(all(type(v) is int and v > 0 for v in getattr(cfg, name)), name, "positive whole numbers")
     fine = cfg.name.strip(".") and cfg.name == Path(cfg.name).name and cfg.name.isprintable()
     must(fine, "name", "the name of a folder")
-    must((cfg.upsampler == "") == (cfg.scale == 1), "upsampler", "'' for scale=1, and only then")
+    must((cfg.upsampler == "") == (cfg.scale == 1), "upsampler", "'' for scale=1, else as in configs/*_sr.py")
     flat = {"noise": True, "jpeg": True, "bicubic": False}.get(cfg.degradation, cfg.scale == 1)
     must(cfg.dataroot_lq or flat == (cfg.scale == 1), "degradation", "bicubic or your own for scale > 1 only")
     must(not cfg.gt_size % (n := cfg.scale * cfg.window_size), "gt_size", f"N x {n} (scale x window_size)")
@@ -229,10 +229,9 @@ def open_data(cfg: Config) -> tuple[PairedImageDataset, dict[str, ValidationImag
     return PairedImageDataset(**options_of(PairedImageDataset, cfg) if not cfg.eval_only else {}), val_sets
 
 
-def open_folder(folder: Path, cfg: Config) -> Any:
+def open_folder(folder: Path, cfg: Config, file: Any = None) -> Any:
     """Makes experiments/<name>; the open file locks it until the process ends, however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = None
     with contextlib.suppress(ImportError):  # Windows has no fcntl, and so no lock
         import fcntl
 
@@ -259,8 +258,7 @@ def write(path: Path, content: Any) -> None:
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         partial.unlink(missing_ok=True)
-        told = SystemExit(f"{path} can't be written: {error}\nMake room; the same command goes on")
-        raise error if "DataLoader worker" in str(error) else told from None
+        raise SystemExit(f"{path} can't be written: {error}\nThe same command goes on") from None
 
 
 def last_checkpoint(folder: Path) -> tuple[dict, dict]:
@@ -299,12 +297,12 @@ def main(cfg: Config) -> int | None:
     fixed = {*options_of(SwinIR, cfg), "scale", *["pretrain_network"] * bool(cfg.pretrain_network)}
     if not cfg.eval_only:
         numbers = SampleNumbers(cfg.batch_size, rank, world, start, accumulate)
-        fixed |= {"seed", "batch_size", "optimizer", "degradation", "sigma", "quality"}
+        fixed |= {"seed", "batch_size", "optimizer", "degradation", "sigma", "quality", "pretrain_network"}
         fixed |= set() if cfg.dataroot_gt else {"dataroot_gt"}  # it may have been forgotten
     if start and (fixed := [text for k, text in changed.items() if k in fixed - {"use_checkpoint"}]):
         raise SystemExit(f"{', '.join(fixed)} must stay: give the old one, another --name, or --resume=never")
     if cfg.eval_only and not (val_sets and (start or cfg.pretrain_network)):
-        raise SystemExit("eval_only: give the --name of a run that has a checkpoint, or --pretrain_network")
+        raise SystemExit("eval_only: give a trained run's --name, or --pretrain_network; with pairs val_gt")
     if cfg.pretrain_network and not start:
         dataset.notices += [load_weights(net, cfg.pretrain_network, cfg.param_key, cfg.strict_load)]
     _lock = open_folder(folder, cfg) if reduced(torch.ones(1)) and rank == 0 else None  # once all have read
@@ -362,7 +360,7 @@ def main(cfg: Config) -> int | None:
                     pictures[f"{dataset}/{name}"] = picture = strip(lq, out, gt, *scores[i, :2].tolist())
                     picture.save(path)
             key, decides = f"{dataset}: {protocol}", dataset == next(iter(val_sets))
-            if decides and key not in best and not cfg.eval_only:  # the best by another measure is kept apart
+            if decides and key != next(iter(best), 0) and not cfg.eval_only:  # the best by another measure
                 best.clear()
                 if rank == 0 and (old := folder / "models" / "net_g_best.pth").exists():
                     old.rename(old.with_stem(f"net_g_best_before_{it}"))
@@ -373,7 +371,7 @@ def main(cfg: Config) -> int | None:
             text = f"validation {dataset}: {value:.2f} dB, SSIM {similar:.4f}"
             text += "".join(f", PSNR-B {x:.2f} dB" for x in unblocked) + f"; input {before:.2f} dB"
             text += f", best {top:.2f} dB at {when:,}" * (it > 0) + f" ({protocol})"
-            log(text, pictures, event="val", iter=it, dataset=dataset, **entry)
+            log(text, pictures, event="val", iter=it, dataset=dataset, eval_only=cfg.eval_only, **entry)
             if when == it and decides:
                 save_network("best", it)
         net.train()
@@ -421,7 +419,7 @@ def main(cfg: Config) -> int | None:
                 pairs = [next(batches) for _ in range(accumulate)]
             except OSError as error:  # a damaged image
                 asked["code"] = max(asked["code"], 1)
-                (log if rank == 0 else print)(f"error: {error}; mend or remove it: data.py check finds all")
+                (log if rank == 0 else print)(f"error: {error}; mended or removed, the same command goes on")
             wish = torch.tensor([asked.pop("save", 0), time.perf_counter() > end, asked["code"]])
             save_now, late, code = reduced(wish, dist.ReduceOp.MAX).tolist()  # the same on all ranks
             if it > start + 1 and (save_now or late or code):

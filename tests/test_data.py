@@ -739,7 +739,7 @@ def test_check_and_preview_say_what_they_looked_at(folder, tmp_path):
     code, text = run_cli("check", config, f"--dataroot_gt={folder}")
     small = len(list_images(folder))
     assert code == 0, text
-    assert f"{small} readable image(s) or pair(s)\n" in text
+    assert f"{small} image(s) or pair(s) found\n" in text
     assert f"{small} image(s) are smaller than gt_size=512" in text
     code, text = run_cli("check", config)
     assert code == 1 and "bad command or paths" in text and "Traceback" not in text

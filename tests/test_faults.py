@@ -124,7 +124,6 @@ def test_a_killed_worker_ends_the_run_with_a_sentence(tmp_path):
         assert process.wait(60) == 1
         assert "DataLoader worker" in printed()
         assert "Traceback" not in printed()
-        assert "Make room" not in printed()
 
 
 def test_signals_to_the_whole_group_leave_the_workers_to_the_trainer(tmp_path):

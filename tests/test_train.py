@@ -291,6 +291,16 @@ def test_a_refused_start_leaves_everything_as_it_was(run, tmp_path):
         assert content() == before, options
 
 
+def test_pretrained_weights_are_not_forgotten_on_resume(run):
+    """The recipes of configs/ depend on them: without, a restart would go on with another learning rate."""
+    weights = "--pretrain_network=experiments/denoise_color25/models/net_g_6.pth"
+    options = "--dataroot_gt=gt", "--drop_path_rate=0.3", "--name=fine", "--total_iters=2"
+    code, text = train(run[0], *options, weights)
+    assert code == 0 and "tensors taken" in text, text
+    code, text = train(run[0], *options)
+    assert code == 1 and "pretrain_network: experiments" in text and "must stay" in text, text
+
+
 def test_another_protocol_has_its_own_best(tmp_path):
     photos(tmp_path / "gt")
     options = "--dataroot_gt=gt", "--val_gt=gt", "--val_freq=2", f"--seed={10**15}"
@@ -302,6 +312,24 @@ def test_another_protocol_has_its_own_best(tmp_path):
         assert (entry["psnr"], entry["iter"]) == (entry["best_psnr"], entry["best_iter"])
         assert network(tmp_path, "best")["iter"] == it
         assert network(tmp_path, f"best_before_{it}")["iter"] == it - 2
+
+
+def test_the_best_network_is_that_of_the_first_set_given(tmp_path):
+    """Also where it was validated before, but behind another."""
+    for name in "ab":
+        photos(tmp_path / name)
+    for it, sets in (2, "a,b"), (4, "b"):
+        options = (
+            "--dataroot_gt=a",
+            "--val_freq=2",
+            f"--val_gt={sets}",
+            f"--total_iters={it}",
+            f"--lr={it / 8}",
+        )
+        assert train(tmp_path, *options)[0] == 0
+    entry = events(tmp_path, "val")[-1]
+    assert (entry["dataset"], entry["best_iter"], entry["best_psnr"]) == ("b", 4, entry["psnr"])
+    assert (network(tmp_path, "best")["iter"], network(tmp_path, "best_before_4")["iter"]) == (4, 2)
 
 
 def test_networks_without_their_training_state_are_not_written_over(tmp_path):
