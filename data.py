@@ -488,7 +488,7 @@ def main(command: str = "", *arguments: str) -> None:
         ImageOps.scale(Image.fromarray(sheet.numpy()), 1 + 100 // gt.shape[3], Image.NEAREST).save(paths[0])
         print(f"{paths[0]}: 8 training pairs, the inputs above, the ground truth below")
     else:
-        sys.exit(print(__doc__) if {"-h", "--help"} & {*sys.argv} else f"bad command or paths:\n\n{__doc__}")
+        sys.exit(print(__doc__) if {"-h", "--help"} & {*sys.argv} else f"unknown or incomplete:\n\n{__doc__}")
 
 
 if __name__ == "__main__":

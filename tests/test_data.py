@@ -742,7 +742,7 @@ def test_check_and_preview_say_what_they_looked_at(folder, tmp_path):
     assert f"{small} image(s) or pair(s) found\n" in text
     assert f"{small} image(s) are smaller than gt_size=512" in text
     code, text = run_cli("check", config)
-    assert code == 1 and "bad command or paths" in text and "Traceback" not in text
+    assert code == 1 and "unknown or incomplete" in text and "Traceback" not in text
     code, text = run_cli("check", config, f"--datarot_gt={folder}")
     assert code == 1 and "--datarot_gt isn't used" in text and "Traceback" not in text
     code, text = run_cli("check", config, "--name=mine", f"--dataroot_gt={folder}")  # a command of train.py's
