@@ -115,15 +115,15 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         (B, L, C), N, h = x.shape, self.window**2, self.heads
         matmul = MatMul.apply if slow_mkl(x) else torch.matmul
-        qkv = self.qkv(x).view(-1, N, 3, h, C // h).unbind(2)
-        q, k, v = (i.transpose(1, 2).contiguous() for i in qkv)  # (B*n, h, N, d)
+        qkv = self.qkv(x).view(B, -1, N, 3, h, C // h).unbind(3)
+        q, k, v = (i.transpose(2, 3).contiguous() for i in qkv)  # (B, n, h, N, d)
         bias = F.embedding(self.relative_position_index, self.relative_position_bias_table)  # (N, N, h)
         attn = matmul(q * self.scale, k.transpose(-2, -1))
         attn += bias.permute(2, 0, 1).contiguous().to(attn.dtype)  # strided it would be slow to add
         if mask is not None:
-            attn = attn.view(B, -1, h, N, N).add_(mask[:, None].to(attn.dtype)).view(-1, h, N, N)
+            attn += mask[:, None].to(attn.dtype)
         x = matmul(self.attn_drop(attn.softmax(-1)), v)
-        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, L, C)))
+        return self.proj_drop(self.proj(x.transpose(2, 3).reshape(B, L, C)))
 
 
 class SwinBlock(nn.Module):
