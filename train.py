@@ -360,7 +360,7 @@ def main(cfg: Config) -> int | None:
                     pictures[f"{dataset}/{name}"] = picture = strip(lq, out, gt, *scores[i, :2].tolist())
                     picture.save(path)
             key, decides = f"{dataset}: {protocol}", dataset == next(iter(val_sets))
-            if decides and key != next(iter(best), 0) and not cfg.eval_only:  # the best by another measure
+            if decides and key != next(iter(best), 0) and not cfg.eval_only:  # its first key is net_g_best's
                 best.clear()
                 if rank == 0 and (old := folder / "models" / "net_g_best.pth").exists():
                     old.rename(old.with_stem(f"net_g_best_before_{it}"))
