@@ -116,9 +116,8 @@ LOSSES = {  # function(pred, target) -> scalar
     "charbonnier": lambda pred, target: (_difference(pred, target).square() + 1e-9).sqrt().mean(),  # as KAIR
 }
 # The layers of torchvision's vgg19().features in order: conv1_1, relu1_1, conv1_2, relu1_2, pool1, ..., pool5
-VGG19 = []
-for _n, _depth in enumerate((2, 2, 4, 4, 4), 1):
-    VGG19 += [f"{kind}{_n}_{i}" for i in range(1, _depth + 1) for kind in ("conv", "relu")] + [f"pool{_n}"]
+_LAYERS = "1_1 1_2 1 2_1 2_2 2 3_1 3_2 3_3 3_4 3 4_1 4_2 4_3 4_4 4 5_1 5_2 5_3 5_4 5".split()
+VGG19 = [kind + n for n in _LAYERS for kind in (("conv", "relu") if "_" in n else ("pool",))]
 VGG19_FILE = "experiments/pretrained_models/vgg19-dcbb9e9d.pth"  # BasicSR's place for it
 VGG19_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
 CRITERIA = {"l1": F.l1_loss, "l2": F.mse_loss, "fro": lambda a, b: torch.linalg.vector_norm(a - b)}

@@ -119,9 +119,10 @@ def coerce(value: Any, name: str, source: str) -> Any:
     value = tuple(value) if isinstance(value, list) else str(value) if isinstance(value, Path) else value
     value = (value,) if kinds <= {tuple, type(None)} and type(value) in (int, float) else value
     value = float(value) if type(value) is int and float in kinds and abs(value) < 2**63 else value
+    value = int(value) if type(value) is float and int in kinds and value.is_integer() else value  # 1e4
     if type(value) not in kinds or (choices and value not in choices):
         wanted = " or ".join(map(repr, choices)) or inspect.formatannotation(hint)
-        raise SystemExit(f"{source}: {name} must be {wanted}, not {value!r:.60} ({type(value).__name__})")
+        raise SystemExit(f"{source}: {name} must be {wanted}, not {value!r:.60} (see train.py --help)")
     return value
 
 
@@ -130,7 +131,7 @@ def load_config(argv: list[str]) -> Config:
     cfg = Config()
     for arg in sorted(argv, key=lambda arg: arg.startswith("-") * ("=" in arg or -1)):  # files, options
         if arg in ("-h", "--help"):
-            raise SystemExit(print(f"{__doc__}\nAll options:\n\n{inspect.getsource(Config)}"))
+            raise SystemExit(print(f"{__doc__}\nAll options:\n\n{inspect.getsource(Config)}", flush=True))
         key, equals, text = arg.lstrip("-").partition("=")
         pairs = {key.replace("-", "_"): text}
         if not arg.startswith("-"):
@@ -159,7 +160,7 @@ def check(cfg: Config) -> None:
         if not fine:
             raise SystemExit(f"{name}={getattr(cfg, name)!r:.60} can't work: it must be {what}")
 
-    for name, value in vars(cfg).items():
+    for name, value in sorted(vars(cfg).items(), key=lambda kv: kv[0] != "scale"):  # others follow from it
         numbers = [v for v in (value if isinstance(value, tuple) else [value]) if type(v) in (int, float)]
         must(type(value) is not tuple or "_" in name or len(numbers) == len(value), name, "numbers, as 6,6")
         default = getattr(Config, name)  # what is at least 1 by default makes no sense at 0
@@ -169,8 +170,7 @@ def check(cfg: Config) -> None:
     must(len(cfg.betas) == 2, "betas", "two numbers")
     for name in ("depths", "num_heads"):
         must(all(type(v) is int and v > 0 for v in getattr(cfg, name)), name, "positive whole numbers")
-    fine = cfg.name.strip(".") and cfg.name == Path(cfg.name).name and cfg.name.isprintable()
-    must(fine, "name", "the name of a folder")
+    must("" != Path(cfg.name).name == cfg.name.rstrip(".") and cfg.name.isprintable(), "name", "a plain name")
     must((cfg.upsampler == "") == (cfg.scale == 1), "upsampler", "'' for scale=1, else as in configs/*_sr.py")
     flat = {"noise": True, "jpeg": True, "bicubic": False}.get(cfg.degradation, cfg.scale == 1)
     must(cfg.dataroot_lq or flat == (cfg.scale == 1), "degradation", "bicubic or your own for scale > 1 only")
@@ -370,7 +370,7 @@ def main(cfg: Config) -> int | None:
             entry |= {"input_psnr": before, "best_psnr": top, "best_iter": when, "protocol": protocol}
             text = f"validation {dataset}: {value:.2f} dB, SSIM {similar:.4f}"
             text += "".join(f", PSNR-B {x:.2f} dB" for x in unblocked) + f"; input {before:.2f} dB"
-            text += f", best {top:.2f} dB at {when:,}" * (it > 0) + f" ({protocol})"
+            text += f", best {top:.2f} dB at {when:,}" * (it > 0 and not cfg.eval_only) + f" ({protocol})"
             log(text, pictures, event="val", iter=it, dataset=dataset, eval_only=cfg.eval_only, **entry)
             if when == it and decides:
                 save_network("best", it)

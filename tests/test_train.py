@@ -105,6 +105,8 @@ def test_options_are_read_in_their_type(args, name, value):
         ("--batch_size=2.5", ["batch_size", "int", "2.5"]),
         ("--loss=l3", ["loss", "charbonnier", "l3"]),
         ("--depths=6,x", ["depths", "tuple"]),
+        ("--quality=10-40", ["quality", "int | tuple", "10-40", "--help"]),
+        ("configs/tiny.py --scale=0", ["scale=0 can't work: it must be at least 1"]),
         ("--scale=2", ["upsampler"]),
         ("--name=../up", ["name"]),
         ("--name=", ["name"]),
@@ -133,6 +135,9 @@ def test_a_config_file_is_checked_like_the_command_line(tmp_path):
     path.write_text("learning_rte = 1.0\n")
     with pytest.raises(SystemExit, match=r"c\.py: unknown option learning_rte"):
         load_config([str(path)])
+    path.write_text("total_iters = 1e4\n")
+    cfg = load_config([str(path), "--val_freq=1e3"])
+    assert repr((cfg.total_iters, cfg.val_freq)) == "(10000, 1000)"
     path.write_text("batch_size = '64'\n")
     with pytest.raises(SystemExit, match=r"c\.py: batch_size must be int, not '64'"):
         load_config([str(path)])
