@@ -42,7 +42,7 @@ def list_images(root: str | Path) -> list[Path]:
         subfolders[:] = sorted(inner[real] for real in inner.keys() - entered)
         entered |= inner.keys()
         paths += [Path(folder, f) for f in files if f[0] != "." and Path(f).suffix.lower() in kinds]
-    need(paths, f"{root} " + ("has no " + ", ".join(kinds) if os.path.isdir(root) else "is not there"))
+    need(paths, f"{str(root)!r} " + ("has no " + ", ".join(kinds) if os.path.isdir(root) else "is not there"))
     return sorted(paths)
 
 
@@ -189,6 +189,7 @@ class PackedImages:
 
 def pack(source: str | Path, target: str | Path) -> None:
     """Decodes the folder `source`, first to name all damage, then into `target`, there once it is whole."""
+    need(not Path(target).exists(), f"{target} is there already: delete it, or give another name")
     folder, partial = ImageFolder(source, cache_gb=0, whole=True), Path(f"{target}.partial")
     need(not folder.problems, "; ".join([*folder.problems[:5], f"python data.py check {source} tells all"]))
     sizes = [math.prod(shape) * depth for shape, depth in zip(folder.shapes, folder.depths, strict=True)]
@@ -295,9 +296,9 @@ def open_pairs(gts, lqs, scale=1, filename_tmpl="{}", meta_info_file=None, cache
             groups[-1].append((gt, i, lq if lqs else None, j, min(h // scale, lh), min(w // scale, lw)))
         unused = () if meta_info_file else set(by_name.values()) - {pair[3] for pair in groups[-1]}
         problems += [f"{lq.root}/{lq.names[j]} is no image's partner in {gt.root}" for j in sorted(unused)]
-    small = sum(min(h, w) * scale < gt_size for pairs in groups for *_, h, w in pairs)
-    notices += [f"{small} image(s) are smaller than gt_size={gt_size}: padded by reflection"][:small]
-    return groups, sources, problems, notices
+    small = [gt.names[i] for pairs in groups for gt, i, *_, h, w in pairs if min(h, w) * scale < gt_size]
+    told = f"{len(small)} image(s) are smaller than {gt_size=}, padded by reflection: {', '.join(small[:3])}"
+    return groups, sources, problems, notices + [told][: len(small)]
 
 
 class PairedImageDataset(Dataset):

@@ -525,10 +525,14 @@ def test_packed_pairs_and_roots(tmp_path):
     assert all(same([a[n]], [b[n]]) for n in range(40))
 
 
-def test_packing_never_overwrites_an_image(folder):
+def test_packing_never_overwrites_a_file(folder):
     before = (folder / "1.png").read_bytes()
     assert run_cli("pack", folder, folder / "1.png")[0] == 0
     assert (folder / "1.png").read_bytes() == before and (folder / "1.npy").exists()
+    np.save(folder / "mine.npy", np.arange(3))
+    code, text = run_cli("pack", folder, folder / "mine.npy")
+    assert code == 1 and "mine.npy is there already: delete it, or give another name" in text, text
+    assert np.load(folder / "mine.npy").tolist() == [0, 1, 2]
 
 
 def test_packing_names_every_damaged_image_and_writes_nothing(folder, tmp_path):
@@ -711,7 +715,8 @@ def test_check_names_every_bad_file_and_no_good_one(tmp_path):
     (tmp_path / "gt" / ".hidden.png").write_bytes(b"junk")
     (tmp_path / "gt" / "loop").symlink_to(tmp_path / "gt")
     (tmp_path / "gt" / "img_dangling.png").symlink_to(tmp_path / "nowhere")
-    code, text = run_cli("check", tmp_path / "gt", tmp_path / "lq", "--scale=2", "--filename_tmpl={}x2")
+    options = "--scale=2", "--filename_tmpl={}x2", "--gt_size=16"
+    code, text = run_cli("check", tmp_path / "gt", tmp_path / "lq", *options)
     assert code == 1
     assert [name for name in [*bad, "img_dangling"] if name not in text] == []
     assert [name for name in [*good, ".hidden"] if name in text] == []
@@ -727,7 +732,7 @@ def test_command_line(folder, tmp_path):
     assert run_cli("preview", config, tmp_path / "sheet.png", "--degradation=jpeg")[0] == 0
     assert Image.open(tmp_path / "sheet.png").size == (8 * 32 * 4, 2 * 32 * 4)  # enlarged by a whole factor
     code, text = run_cli("check", tmp_path / "absent")
-    assert code == 1 and "absent is not there" in text and text.count("\n") == 1
+    assert code == 1 and "absent' is not there" in text and text.count("\n") == 1
     assert run_cli()[0] == 1
     code, text = run_cli("check", "--help")
     assert code == 0 and "data.py pack" in text and "isn't used" not in text
@@ -740,7 +745,8 @@ def test_check_and_preview_say_what_they_looked_at(folder, tmp_path):
     small = len(list_images(folder))
     assert code == 0, text
     assert f"{small} image(s) or pair(s) found\n" in text
-    assert f"{small} image(s) are smaller than gt_size=512" in text
+    first = ImageFolder(folder).names[0]
+    assert f"{small} image(s) are smaller than gt_size=512, padded by reflection: {first}, " in text
     code, text = run_cli("check", config)
     assert code == 1 and "unknown or incomplete" in text and "Traceback" not in text
     code, text = run_cli("check", config, f"--datarot_gt={folder}")
