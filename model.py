@@ -371,7 +371,7 @@ def restore(net: SwinIR, image: Tensor, tile: int | None = None, overlap=32, ens
     head = 3 * 64 if len(net.conv_before_upsample) else 2 * C  # channels at the output's size
     floats = B * (4 * net.arguments["embed_dim"] + 4 * w * w + 64 + head * s * s)  # per input pixel, measured
     limit = max(H, W) if H * W * floats * 4 <= free else isqrt(int(free / 4 / floats))
-    size = max(min(tile or limit, limit) + w - 1, w) // w * w
+    size = max(min(tile if (tile or 0) > 0 else limit, limit) + w - 1, w) // w * w
     lap = max(min(overlap, size // 2), 0) // w * w
 
     def f(x: Tensor) -> Tensor:
@@ -452,7 +452,7 @@ def main() -> int | str | None:
     cli.add_argument("net", help="a SwinIR checkpoint: ours, official, BasicSR, KAIR")
     cli.add_argument("input", nargs="?", type=Path, help="an image or a folder")
     cli.add_argument("output", nargs="?", type=Path, help="a .png file or a folder")
-    cli.add_argument("--tile", type=int, help="input pixels (default: the whole, or what memory allows)")
+    cli.add_argument("--tile", type=int, help="input pixels (default, 0: the whole, or what memory allows)")
     cli.add_argument("--overlap", type=int, default=32, help="of tiles, in input pixels (default: 32)")
     cli.add_argument("--ensemble", action="store_true", help="mean of the eight symmetries: 8 times as slow")
     cli.add_argument("--device", default=best, help="cpu, cuda, cuda:1, mps (default: %(default)s)")

@@ -423,10 +423,13 @@ def test_out_of_memory_halves_the_tile_and_says_so(fail, error):
         restore(net, x)
 
 
-def test_nonsense_tiles_do_no_harm():
-    x = torch.rand(1, 3, 20, 20)
+def test_a_tile_of_0_is_the_whole_and_nonsense_does_no_harm():
+    x, sizes = torch.rand(1, 3, 20, 20), []
+    net = identity()
+    net.register_forward_hook(lambda net, args, y: sizes.append(tuple(args[0].shape[2:])))
     for tile, overlap in ((0, 8), (-8, 8), (16, -1)):
-        assert torch.allclose(restore(identity(), x, tile, overlap), x, atol=1e-6)
+        assert torch.allclose(restore(net, x, tile, overlap), x, atol=1e-6)
+    assert sizes == [(20, 20), (20, 20), (16, 16), (16, 4), (4, 16), (4, 4)]
 
 
 def test_training_after_restoring_and_some_windows_at_a_time_agree():
