@@ -54,8 +54,8 @@ def read_image(path: str | Path, in_chans: int | None = None, header: bool = Fal
             layout, kind = im.tile[0].args if im.tile else "", im.mode.split(";")[0].removesuffix("A")
             layout = layout if isinstance(layout, str) else layout[0]  # of the raw pixels, such as RGB;16B
             wide = kind == "I" or ";16" in layout
-            bits = 32 if im.mode == "F" else max(im.tag_v2.get(258, (8,))) if im.format == "TIFF" else 8
-            need(bits <= (16 if wide else 8), "save it with 8 or 16 bits per channel, interleaved")
+            bits = 32 if im.mode == "F" or "LA;" in layout else max(getattr(im, "tag_v2", {}).get(258, [8]))
+            need(bits <= (16 if wide else 8), "save it with 8 or 16 bits per channel, interleaved, no alpha")
             if header:  # for PNG im.getexif() would decode the image; the size of TIFF is already turned
                 turned = im.format != "TIFF" and Image.Image.getexif(im).get(0x0112) in range(5, 9)
                 shape = (*im.size[:: 1 if turned else -1], 1 if kind in ("1", "L", "I") else 3)
@@ -137,7 +137,7 @@ DEGRADATIONS = {"noise": (add_noise, 0), "jpeg": (compress, 16), "bicubic": (dow
 
 
 class ImageFolder:
-    """The image files below `root`; `problems` has a sentence for each that can't be read: at first headers
+    """The image files below `root`. `problems`: (name, sentence) of each that can't be read: at first headers
     alone are read, or `whole` files. Decoded ones are kept while `cache_gb`, shared by workers, lasts."""
 
     def __init__(self, root: str | Path, cache_gb: float = 2.0, whole: bool = False):
@@ -146,7 +146,7 @@ class ImageFolder:
                 header = read_image(path, header=not whole or read_image(path) is not None)
                 return (path.relative_to(root).as_posix(), *header), None
             except ValueError as error:
-                return None, str(error)
+                return None, (path.relative_to(root).as_posix(), str(error))
 
         self.root, self.cache_gb, self.cache, self.cached = Path(root), cache_gb, {}, 0
         with ThreadPoolExecutor(16) as pool:  # many at a time, for to open a file is mostly to wait for it
@@ -191,7 +191,7 @@ def pack(source: str | Path, target: str | Path) -> None:
     """Decodes the folder `source`, first to name all damage, then into `target`, there once it is whole."""
     need(not Path(target).exists(), f"{target} is there already: delete it, or give another name")
     folder, partial = ImageFolder(source, cache_gb=0, whole=True), Path(f"{target}.partial")
-    need(not folder.problems, "; ".join([*folder.problems[:5], f"python data.py check {source} tells all"]))
+    need(not folder.problems, "; ".join([t for _, t in folder.problems[:5]] + ["data.py check tells all"]))
     sizes = [math.prod(shape) * depth for shape, depth in zip(folder.shapes, folder.depths, strict=True)]
     *starts, pixels = np.cumsum([0, *sizes]).tolist()
     index = json.dumps([folder.names, folder.shapes, folder.depths, starts]).encode()
@@ -276,29 +276,30 @@ def open_pairs(gts, lqs, scale=1, filename_tmpl="{}", meta_info_file=None, cache
     listed = {line.rsplit(" (", line.endswith(")"))[0].strip() for line in lines} - {""}  # name.png (h,w,c)
     roots, n, groups = [*map(os.path.expanduser, gts + lqs)], len(gts), []
     sources = [PackedImages(r) if Path(r).is_file() else ImageFolder(r, cache_gb / n, whole) for r in roots]
-    problems, notices = ([x for s in sources for x in getattr(s, k)] for k in ("problems", "notices"))
+    problems = [t for s in sources for k, t in s.problems if k in listed or not listed or s in sources[n:]]
     missing = sorted(listed.difference(*(gt.names for gt in sources[:n])))
     problems += [f"{meta_info_file}: {name} is missing" for name in missing]
     for gt, lq in zip(sources[:n], sources[-n:], strict=True):  # the same if there are no lqs
         by_name = {key: j for j, name in enumerate(lq.names) for key in (os.path.splitext(name)[0], name)}
-        groups.append([])
+        groups, own = [*groups, []], set(by_name.values())  # each is the partner of one
         for i, (name, (h, w, _)) in enumerate(zip(gt.names, gt.shapes, strict=True)):
             if meta_info_file and name not in listed:
                 continue
             partner = Path(name).with_name(filename_tmpl.replace("{}", Path(name).stem)).as_posix()
-            if (j := by_name.get(partner + Path(name).suffix, by_name.get(partner)) if lqs else i) is None:
-                problems.append(f"{gt.root}/{name} has no partner {partner}.* in {lq.root}: {filename_tmpl=}")
+            if (j := by_name.get(partner + Path(name).suffix, by_name.get(partner)) if lqs else i) not in own:
+                problems += [f"{gt.root}/{name}: no partner {partner}.* left in {lq.root}: {filename_tmpl=}"]
                 continue
+            own.remove(j)
             lh, lw = lq.shapes[j][:2] if lqs else (h // scale, w // scale)
             if max(abs(lh * scale - h), abs(lw * scale - w)) >= scale:
                 sizes = f"{lw}x{lh} pixels, not {w // scale}x{h // scale}, for {scale=}"
                 problems.append(f"{lq.root}/{lq.names[j]} and {gt.root}/{name} do not match: {sizes}")
             groups[-1].append((gt, i, lq if lqs else None, j, min(h // scale, lh), min(w // scale, lw)))
-        unused = () if meta_info_file else set(by_name.values()) - {pair[3] for pair in groups[-1]}
-        problems += [f"{lq.root}/{lq.names[j]} is no image's partner in {gt.root}" for j in sorted(unused)]
+        unused = () if meta_info_file else sorted(own)
+        problems += [f"{lq.root}/{lq.names[j]} is no image's partner in {gt.root}" for j in unused]
     small = [gt.names[i] for pairs in groups for gt, i, *_, h, w in pairs if min(h, w) * scale < gt_size]
     told = f"{len(small)} image(s) are smaller than {gt_size=}, padded by reflection: {', '.join(small[:3])}"
-    return groups, sources, problems, notices + [told][: len(small)]
+    return groups, sources, problems, [x for s in sources for x in s.notices] + [told][: len(small)]
 
 
 class PairedImageDataset(Dataset):
@@ -321,7 +322,7 @@ class PairedImageDataset(Dataset):
         need(self.margin is not None, f"{degradation=} is none of {[*DEGRADATIONS]}; give dataroot_lq/val_lq")
         found = dataroot_gt, dataroot_lq, scale, filename_tmpl, meta_info_file, cache_gb, whole, gt_size
         self.groups, sources, problems, self.notices = open_pairs(*found)
-        how = [",".join(map(str, np.ravel(root))) for root in (dataroot_gt, dataroot_lq) if root]
+        how = [f'"{",".join(map(str, np.ravel(root)))}"' for root in (dataroot_gt, dataroot_lq) if root]
         how += [f"--{scale=}", f"--{filename_tmpl=!s}", f"--{meta_info_file=!s}"][: 2 + bool(meta_info_file)]
         need(not problems, "; ".join([*problems[:5], f"python data.py check {' '.join(how)} tells all"]))
         need(all(self.groups), f"{meta_info_file} lists no image of one of the roots")
@@ -467,8 +468,8 @@ def main(command: str = "", *arguments: str) -> None:
     paths = [a for a in arguments if a[:2] != "--"]
     options = names | (runpy.run_path(paths.pop(0)) if paths and paths[0].endswith(".py") else {})
     for key, _, text in (a[2:].partition("=") for a in arguments if a[:2] == "--"):
-        if key not in (*names, "help"):  # an option of train.py, or a typing error
-            print(f"--{key} isn't used by data.py")
+        used = (*names, "help") if command != "pack" else ("help",)  # it may be train.py's, or a typing error
+        key in used or print(f"--{key} isn't used by data.py {command}")
         number = key == "dataset_weights" or isinstance(names.get(key), int | float)
         need(not number or text[:1].isdigit() or text in ("True", "False"), f"--{key}=NUMBER, not {text!r}")
         options[key] = ast.literal_eval(f"{text}," if key == "dataset_weights" else text) if number else text
@@ -495,5 +496,5 @@ def main(command: str = "", *arguments: str) -> None:
 if __name__ == "__main__":
     try:
         main(*sys.argv[1:])
-    except (ValueError, OSError, SyntaxError) as e:
-        sys.exit(f"error: {e}" + "; data.py check finds all" * ("can't" in str(e) and "check" not in str(e)))
+    except (ValueError, OSError, SyntaxError, KeyboardInterrupt) as e:
+        sys.exit(f"error: {str(e) or 'stopped'}")

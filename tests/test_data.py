@@ -170,7 +170,9 @@ def test_formats_that_would_lose_precision_are_refused_by_name(tmp_path):
     Image.fromarray(np.ones((5, 5), np.float32)).save(tmp_path / "float.tif")
     Image.fromarray(np.full((5, 5), 70000, np.int32)).save(tmp_path / "int.tif")
     for name in ("la.png", "float.tif", "int.tif"):
-        with pytest.raises(ValueError, match=name):
+        with pytest.raises(
+            ValueError, match=f"{name}.*save it with 8 or 16 bits per channel, interleaved, no alpha"
+        ):
             read_image(tmp_path / name)
 
 
@@ -411,6 +413,24 @@ def test_validation_images_that_differ_in_their_suffix_have_names_of_their_own(t
         "a",
         "b.jpg",
     ]
+
+
+def test_an_image_is_the_partner_of_one(tmp_path):
+    for name in ("gt/a.jpg", "gt/a.png", "gt/b.jpg", "lq/a.png", "lq/b.png"):
+        save(tmp_path / name, photo(32, 32))
+    code, text = run_cli("check", tmp_path / "gt", tmp_path / "lq", "--gt_size=16")
+    assert code == 1 and "problems: 1" in text and "gt/a.png: no partner a.* left in" in text, text
+    save(tmp_path / "lq/a.jpg", photo(32, 32))
+    assert run_cli("check", tmp_path / "gt", tmp_path / "lq", "--gt_size=16")[0] == 0
+
+
+def test_what_meta_info_file_leaves_out_may_be_damaged(folder, tmp_path):
+    (folder / "zero.png").write_bytes(b"")
+    (tmp_path / "meta.txt").write_text("1.png\n")
+    assert len(PairedImageDataset(folder, gt_size=16, meta_info_file=tmp_path / "meta.txt")) == 1
+    (tmp_path / "meta.txt").write_text("1.png\nzero.png\n")
+    with pytest.raises(ValueError, match=r"zero\.png can't be read"):
+        PairedImageDataset(folder, gt_size=16, meta_info_file=tmp_path / "meta.txt")
 
 
 def test_meta_info_file_chooses(folder, tmp_path):
@@ -720,7 +740,7 @@ def test_check_names_every_bad_file_and_no_good_one(tmp_path):
     assert code == 1
     assert [name for name in [*bad, "img_dangling"] if name not in text] == []
     assert [name for name in [*good, ".hidden"] if name in text] == []
-    command = r"python data\.py check \S+gt \S+lq --scale=2 --filename_tmpl={}x2 tells all"
+    command = r'python data\.py check "\S+gt" "\S+lq" --scale=2 --filename_tmpl={}x2 tells all'
     with pytest.raises(ValueError, match=command):
         PairedImageDataset(tmp_path / "gt", tmp_path / "lq", scale=2, gt_size=16, filename_tmpl="{}x2")
 
@@ -751,6 +771,8 @@ def test_check_and_preview_say_what_they_looked_at(folder, tmp_path):
     assert code == 1 and "unknown or incomplete" in text and "Traceback" not in text
     code, text = run_cli("check", config, f"--datarot_gt={folder}")
     assert code == 1 and "--datarot_gt isn't used" in text and "Traceback" not in text
+    code, text = run_cli("pack", folder, tmp_path / "packed.npy", "--meta_info_file=some.txt")
+    assert code == 0 and "--meta_info_file isn't used by data.py pack" in text, text
     code, text = run_cli("check", config, "--name=mine", f"--dataroot_gt={folder}")  # a command of train.py's
     assert code == 0 and "--name isn't used" in text and "no problems" in text, text
     options = f"--dataroot_gt={folder}", "--gt_size=32", "--sigma=0,50.5", "--use_rot=False"
