@@ -462,14 +462,14 @@ def main() -> int | str | None:
     if file := args.onnx and args.onnx.with_suffix(".onnx"):
         return print(f"{file}: {export_onnx(load(args.net), file)}")
     source, target, suffix = args.input, args.output, args.output and args.output.suffix.lower()
-    if suffix in (None, ".jpg", ".jpeg", ".tif", ".webp", ".bmp") or (suffix == ".png" and source.is_dir()):
+    if target is None or (suffix in Image.registered_extensions() and (suffix != ".png" or source.is_dir())):
         cli.error("give NET INPUT OUTPUT: of an image to a .png file or a folder, of a folder to a folder")
     net = load(args.net, device=args.device)
     jobs = [(source, target if suffix == ".png" else target / f"{source.stem}.png")]
     if source.is_dir():
-        kinds = ".bmp .jpeg .jpg .pbm .pgm .png .ppm .tif .tiff .webp".split()
-        found = (p.relative_to(source) for p in sorted(source.rglob("*")) if p.suffix.lower() in kinds)
-        names = {p: str(p.with_suffix("")).lower() for p in found if "/." not in f"/{p.as_posix()}"}
+        kinds = re.compile(r"(/[^.][^/]*)+\.(bmp|jpe?g|p[bgnp]m|png|tiff?|webp)", re.I)  # and nothing hidden
+        found = (p.relative_to(source) for p in sorted(source.rglob("*")) if p.is_file())
+        names = {p: str(p.with_suffix("")).lower() for p in found if kinds.fullmatch(f"/{p.as_posix()}")}
         same = Counter(names.values())  # of these, outputs keep the suffix
         jobs = [(source / p, target / p.with_suffix(p.suffix * (same[names[p]] > 1) + ".png")) for p in names]
     if not jobs or not source.exists():

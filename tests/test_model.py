@@ -567,7 +567,8 @@ def test_broken_images_are_named_and_the_rest_goes_on(tmp_path):
     done = run(saved(tmp_path / "net.pth", identity()), folder, tmp_path / "out", "--device=cpu")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    for name in ("bomb.png", "x.png", "zero.jpg", "short.png"):
+    assert "3 of 5 images failed" in done.stderr  # a folder is none
+    for name in ("bomb.png", "zero.jpg", "short.png"):
         assert len([s for s in done.stderr.splitlines() if f"in/{name}: " in s]) == 1, done.stderr
     found = sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file())
     assert found == ["a/good.bmp.png", "a/good.png.png"]
@@ -591,6 +592,7 @@ def test_a_users_mistakes_are_said_in_a_sentence(tmp_path):
         ((net, image, tmp_path / "out", "--device=nonsense"), ""),
         ((net, image), "INPUT OUTPUT"),
         ((net, image, tmp_path / "out.jpg"), "a .png file or a folder"),
+        ((net, image, tmp_path / "out.tiff"), "a .png file or a folder"),
         ((net, tmp_path / "a", tmp_path / "out.png"), "of a folder to a folder"),
     ):
         done = run(*arguments)
