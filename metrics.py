@@ -12,8 +12,7 @@
     rounding  the network's output is clamped to [0, 1], times 255, rounded to uint8, and only then compared
     Y         BT.601, 16 to 235, of the uint8 RGB; not rounded, as in SwinIR and BasicSR. KAIR and MATLAB's
               rgb2ycbcr round it, which gives 0.001 dB less at 22 dB and 1.6 dB less at 52 dB
-    channels  PSNR: one squared error over all; SSIM and PSNR-B: one value per channel, then their mean
-    set       the mean of the images' values, whatever the images' sizes
+    channels  PSNR: one squared error over all; SSIM, PSNR-B: one value each, then their mean; a set: the mean
 """
 
 import argparse

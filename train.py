@@ -143,8 +143,8 @@ def load_config(argv: list[str]) -> Config:
             raise SystemExit(f"{arg}: options are written with their value, as {arg}=VALUE")
         for key, value in pairs.items():
             if key not in vars(cfg):
-                near = ["seed"] if key == "manual_seed" else difflib.get_close_matches(key, vars(cfg), 1)
-                advice = f"did you mean {near[0]}?" if near else "python train.py --help lists them all"
+                near = difflib.get_close_matches({"manual_seed": "seed"}.get(key, key.lower()), vars(cfg), 2)
+                advice = f"did you mean {' or '.join(near)}?" if near else "train.py --help lists them all"
                 raise SystemExit(f"{arg}: unknown option {key}; {advice}")
             setattr(cfg, key, value if inspect.isfunction(value) else coerce(value, key, arg))
     for key, rule in [(k, v) for k, v in vars(cfg).items() if inspect.isfunction(v)]:  # lr = lambda cfg: ...
@@ -302,7 +302,7 @@ def main(cfg: Config) -> int | None:
     if start and (fixed := [text for k, text in changed.items() if k in fixed - {"use_checkpoint"}]):
         raise SystemExit(f"{', '.join(fixed)} must stay: give the old one, another --name, or --resume=never")
     if cfg.eval_only and not (val_sets and (start or cfg.pretrain_network)):
-        raise SystemExit("eval_only: give a trained run's --name, or --pretrain_network; with pairs val_gt")
+        raise SystemExit(f"eval_only: no checkpoint in {folder} or --pretrain_network; or pairs, no val_gt")
     if cfg.pretrain_network and not start:
         dataset.notices += [load_weights(net, cfg.pretrain_network, cfg.param_key, cfg.strict_load)]
     _lock = open_folder(folder, cfg) if reduced(torch.ones(1)) and rank == 0 else None  # once all have read

@@ -98,7 +98,9 @@ def test_options_are_read_in_their_type(args, name, value):
         ("--total_iter=4", ["total_iter", "total_iters"]),
         ("--num_worker_per_gpu=4", ["num_worker_per_gpu", "num_workers"]),
         ("--batch_size_per_gpu=4", ["batch_size_per_gpu", "batch_size"]),
-        ("--manual_seed=4", ["manual_seed", "seed"]),
+        ("--manual_seed=4", ["manual_seed", "did you mean seed?"]),
+        ("--val_GT=set", ["val_GT", "did you mean val_gt or"]),
+        ("--dataroot=set", ["dataroot_gt", "dataroot_lq"]),
         ("--warmup_iter=4", ["warmup_iters"]),
         ("--lr=fast", ["lr", "float", "fast"]),
         ("--lr", ["--lr=VALUE"]),
@@ -497,7 +499,7 @@ def test_mistakes_with_data_are_named(tmp_path):
     assert "1.png" in text
     assert "20x20" in text
     text = wrong(tmp_path, "--val_gt=gt", "--val_lq=lq")
-    assert "python data.py check gt lq --scale=1 --filename_tmpl={} tells all" in text
+    assert 'python data.py check "gt" "lq" --scale=1 --filename_tmpl={} tells all' in text
     (gt / "1.png").write_bytes((gt / "1.png").read_bytes()[:-200])
     assert "1.png" in wrong(tmp_path, "--dataroot_gt=gt")
     assert "nothing.pth" in wrong(tmp_path, "--pretrain_network=nothing.pth")
@@ -509,7 +511,7 @@ def test_mistakes_with_data_are_named(tmp_path):
     assert "synthetic: images below 16 pixels" in text and "synthetic00" in text
     assert "give dataroot_lq" in wrong(tmp_path, "--degradation=real")
     assert "val_lq" in wrong(tmp_path, "--val_lq=gt")
-    assert "eval_only: give" in wrong(tmp_path, "--eval_only=True")
+    assert "eval_only: no checkpoint in experiments" in wrong(tmp_path, "--eval_only=True")
 
 
 def test_a_mistake_in_a_degradation_keeps_its_traceback(tmp_path):
