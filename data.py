@@ -297,7 +297,7 @@ def open_pairs(gts, lqs, scale=1, filename_tmpl="{}", meta_info_file=None, cache
             groups[-1].append((gt, i, lq if lqs else None, j, min(h // scale, lh), min(w // scale, lw)))
         unused = () if meta_info_file else sorted(own)
         problems += [f"{lq.root}/{lq.names[j]} is no image's partner in {gt.root}" for j in unused]
-    small = [gt.names[i] for pairs in groups for gt, i, *_, h, w in pairs if min(h, w) * scale < gt_size]
+    small = [f"{s.root}/{s.names[i]}" for p in groups for s, i, *_, h, w in p if min(h, w) * scale < gt_size]
     told = f"{len(small)} image(s) are smaller than {gt_size=}, padded by reflection: {', '.join(small[:3])}"
     return groups, sources, problems, [x for s in sources for x in s.notices] + [told][: len(small)]
 
@@ -407,8 +407,7 @@ def SampleNumbers(batch_size: int, rank: int = 0, world: int = 1, start: int = 0
     In it each of `accumulate` micro-batches, and in these each of `world` ranks, takes a contiguous slice."""
     size, rest = divmod(batch_size, world * accumulate)
     need(rest == 0, f"{batch_size=} is no multiple of ranks x accumulate, {world} x {accumulate}")
-    slices = range(start * accumulate * world + rank, sys.maxsize, world)
-    return ([*range(k * size, (k + 1) * size)] for k in slices)
+    return ([*range(n, n + size)] for n in range(start * batch_size + rank * size, 2**62, world * size))
 
 
 def ignore_signals(worker: int) -> None:
@@ -468,13 +467,13 @@ def main(command: str = "", *arguments: str) -> None:
     paths = [a for a in arguments if a[:2] != "--"]
     options = names | (runpy.run_path(paths.pop(0)) if paths and paths[0].endswith(".py") else {})
     for key, _, text in (a[2:].partition("=") for a in arguments if a[:2] == "--"):
-        used = (*names, "help") if command != "pack" else ("help",)  # it may be train.py's, or a typing error
-        key in used or print(f"--{key} isn't used by data.py {command}")
+        key in [*names] * (command != "pack") + ["help"] or print(f"--{key} isn't used by data.py {command}")
         number = key == "dataset_weights" or isinstance(names.get(key), int | float)
         need(not number or text[:1].isdigit() or text in ("True", "False"), f"--{key}=NUMBER, not {text!r}")
         options[key] = ast.literal_eval(f"{text}," if key == "dataset_weights" else text) if number else text
     options |= zip(("dataroot_gt", "dataroot_lq"), paths, strict=False) if command == "check" else {}
-    known = {k: v(type("cfg", (), options)) if callable(v := options[k]) else v for k in names}
+    view = type("", (), {"__getattr__": lambda v, k: x(v) if callable(x := options[k]) else x})
+    known = {k: getattr(view(), k) for k in names}
     if command == "pack" and len(paths) == 2:
         pack(paths[0], Path(paths[1]).with_suffix(".npy"))  # never over an image
     elif command == "check" and known["dataroot_gt"]:  # decode all

@@ -334,12 +334,12 @@ def load_weights(net: SwinIR, path: str | Path, param_key: str = "params_ema", s
     taken = {k: v for k, v in weights.items() if k in own and v.shape == own[k].shape}
     left = [k for k in own | weights if k not in taken and not k.endswith(BUFFERS)]
     names = ", ".join(left[:5]) + f" and {len(left) - 5} more" * (len(left) > 5)
+    other = "".join(f"; its {k} is {v!r}" for k, v in stated.items() if v != net.arguments.get(k))
     if not taken or (strict and left):
-        other = "".join(f"; its {k} is {v!r}" for k, v in stated.items() if v != net.arguments.get(k))
         names += f" don't fit; strict_load=False takes {len(taken)} of {len(own)}"
         raise ValueError(f"{path}: {names}{other}")
     net.load_state_dict(taken, strict=False)
-    return f"{path}: {len(taken)} of {len(own)} tensors taken" + (f"; left: {names}" if left else "")
+    return f"{path}: {len(taken)} of {len(own)} tensors taken" + f"; left: {names}" * bool(left) + other
 
 
 def tiled(f: Any, x: Tensor, dim: int, size: int, lap: int, s: int) -> Tensor:

@@ -139,16 +139,17 @@ def load_config(argv: list[str]) -> Config:
                 pairs = {k: v for k, v in run_path(arg).items() if k[0] != "_" and not inspect.ismodule(v)}
             except BaseException as error:
                 raise SystemExit(f"{arg} is no config file (options are --key=value): {error!r}") from None
-        elif not equals:
-            raise SystemExit(f"{arg}: options are written with their value, as {arg}=VALUE")
         for key, value in pairs.items():
             if key not in vars(cfg):
                 near = difflib.get_close_matches({"manual_seed": "seed"}.get(key, key.lower()), vars(cfg), 2)
                 advice = f"did you mean {' or '.join(near)}?" if near else "train.py --help lists them all"
                 raise SystemExit(f"{arg}: unknown option {key}; {advice}")
+            if arg.startswith("-") and not equals:
+                raise SystemExit(f"{arg}: options are written with their value, as {arg}=VALUE")
             setattr(cfg, key, value if inspect.isfunction(value) else coerce(value, key, arg))
-    for key, rule in [(k, v) for k, v in vars(cfg).items() if inspect.isfunction(v)]:  # lr = lambda cfg: ...
-        setattr(cfg, key, coerce(rule(cfg), key, "a config file"))
+    view = type("", (), {"__getattr__": lambda v, k: x(v) if inspect.isfunction(x := getattr(cfg, k)) else x})
+    for key in vars(cfg):  # lr = lambda cfg: ... may ask for options that are such rules themselves
+        setattr(cfg, key, coerce(getattr(view(), key), key, "a config file"))
     check(cfg)
     return cfg
 
@@ -223,7 +224,7 @@ def open_data(cfg: Config) -> tuple[PairedImageDataset, dict[str, ValidationImag
     shared |= {"sigma": np.max(cfg.sigma), "quality": np.min(cfg.quality), "crop_border": cfg.crop_border}
     wanted = (cfg.val_freq or cfg.eval_only) and (cfg.val_gt or not cfg.dataroot_lq)
     for i, root in enumerate(gt if wanted else ()):
-        name = Path(root).resolve().stem if root else "synthetic"
+        name = Path(os.path.abspath(root)).stem if root else "synthetic"
         name += f"_{i + 1}" * (name in val_sets)  # folders of the same name
         val_sets[name] = ValidationImages(root, lq[i] if cfg.val_lq else None, **shared)
     return PairedImageDataset(**options_of(PairedImageDataset, cfg) if not cfg.eval_only else {}), val_sets
@@ -339,7 +340,7 @@ def main(cfg: Config) -> int | None:
         """Each rank takes every world-th image; means run over all in order, whatever the number of ranks."""
         made = {"noise": f"sigma {np.max(cfg.sigma):g}, seed 0", "jpeg": f"quality {np.min(cfg.quality):g}"}
         made = "pairs" if cfg.val_lq else made.get(cfg.degradation, cfg.degradation)
-        colour = "Y" if cfg.test_y_channel else "RGB" if cfg.in_chans == 3 else "gray"
+        colour = "gray" if cfg.in_chans == 1 else "Y" if cfg.test_y_channel else "RGB"
         protocol = f"{colour}, border {cfg.crop_border}, {made}" + ", padded by a window" * cfg.pad_window
         window, measures = cfg.window_size, (psnr, ssim, psnrb) if cfg.degradation == "jpeg" else (psnr, ssim)
         for dataset, images in val_sets.items():
@@ -463,14 +464,14 @@ def main(cfg: Config) -> int | None:
                 text += f"{batches.wait / spent:.0%} waiting for data" + f", {bad:.0f} skipped" * (bad > 0)
                 text += " (try data.py pack or --num_workers)" * (batches.wait > spent / 4 and seen > start)
                 log(text, event="train", iter=it, **entry)
-                need(row < 50, "stopped: no finite loss in 50 steps; lower --lr, or try --grad_clip=1")
+                need(row < 50, "stopped: no finite loss in 50 steps; try lower lr, grad_clip=1, resume=never")
                 sums[:4] = 0
                 since, batches.wait, seen = time.perf_counter(), 0.0, it
             paused = time.perf_counter()
             if val_sets and (it % cfg.val_freq == 0 or last):
                 bar.set_postfix_str("validating")
                 validate(it)
-            if it % cfg.save_checkpoint_freq == 0 or last:
+            if (it % cfg.save_checkpoint_freq == 0 and sums[4] < 9) or last:  # not when weights are spoilt
                 save(it)
             since += time.perf_counter() - paused
             if cpu or it == start + 1 or it % cfg.print_freq == 0:

@@ -765,7 +765,7 @@ def test_check_and_preview_say_what_they_looked_at(folder, tmp_path):
     small = len(list_images(folder))
     assert code == 0, text
     assert f"{small} image(s) or pair(s) found\n" in text
-    first = ImageFolder(folder).names[0]
+    first = f"{folder}/{ImageFolder(folder).names[0]}"
     assert f"{small} image(s) are smaller than gt_size=512, padded by reflection: {first}, " in text
     code, text = run_cli("check", config)
     assert code == 1 and "unknown or incomplete" in text and "Traceback" not in text
@@ -778,7 +778,7 @@ def test_check_and_preview_say_what_they_looked_at(folder, tmp_path):
     options = f"--dataroot_gt={folder}", "--gt_size=32", "--sigma=0,50.5", "--use_rot=False"
     code, text = run_cli("preview", tmp_path / "sheet.png", *options)
     assert code == 0 and "sheet.png" in text, text
-    config.write_text("gt_size = lambda cfg: 16 * cfg.scale\n")  # of Config's default
+    config.write_text("scale = lambda cfg: 1\ngt_size = lambda cfg: 16 * cfg.scale\n")
     code, text = run_cli("preview", config, tmp_path / "sheet.png", f"--dataroot_gt={folder}")
     assert code == 1 and "sheet.png is there already" in text, text
     (tmp_path / "sheet.png").unlink()

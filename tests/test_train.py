@@ -104,6 +104,7 @@ def test_options_are_read_in_their_type(args, name, value):
         ("--warmup_iter=4", ["warmup_iters"]),
         ("--lr=fast", ["lr", "float", "fast"]),
         ("--lr", ["--lr=VALUE"]),
+        ("--auto_resume", ["unknown option auto_resume"]),
         ("--batch_size=2.5", ["batch_size", "int", "2.5"]),
         ("--loss=l3", ["loss", "charbonnier", "l3"]),
         ("--depths=6,x", ["depths", "tuple"]),
@@ -160,6 +161,9 @@ def test_a_config_file_may_let_options_follow_others(tmp_path):
     cfg = load_config([str(ROOT / "configs/jpeg.py"), "--quality=10", "--pretrain_network=f.pth"])
     assert (cfg.name, cfg.lr, cfg.milestones) == ("jpeg_10", 1e-4, (400_000, 600_000, 700_000, 750_000))
     path = tmp_path / "c.py"
+    path.write_text("scale = lambda cfg: 2\nname = lambda cfg: f'{cfg.gt_size} {cfg.milestones}'\n")
+    cfg = load_config([str(ROOT / "configs/lightweight_sr.py"), str(path)])  # rules that follow rules
+    assert (cfg.name, cfg.scale, cfg.gt_size) == ("128 (250000, 400000, 450000, 475000)", 2, 128)
     path.write_text("lr = lambda cfg: 'fast'\n")
     with pytest.raises(SystemExit, match=r"lr must be float, not 'fast'"):
         load_config([str(path)])
@@ -467,9 +471,10 @@ def test_a_restart_of_three_ranks_is_exact(tmp_path):
 def test_steps_without_a_finite_loss_are_skipped(tmp_path):
     """An lr this large makes the loss overflow; the steps are skipped, and training stops with advice."""
     code, text = train(
-        tmp_path, "--lr=1e18", "--total_iters=60", "--save_checkpoint_freq=60", "--print_freq=20"
+        tmp_path, "--lr=1e18", "--total_iters=60", "--save_checkpoint_freq=15", "--print_freq=20"
     )
     assert code != 0
+    assert not list(tmp_path.glob("experiments/*/models/*"))  # spoilt weights would push out sound ones
     assert "loss nan" in text and "20 skipped" in text
     assert math.isnan(events(tmp_path)[-1]["loss"])  # not 0, which would look like success
     assert "no finite loss" in text
@@ -546,9 +551,10 @@ def test_waiting_for_data_is_hinted_at(tmp_path):
 def test_validation_folders_of_the_same_name_are_told_apart(tmp_path):
     photos(tmp_path / "a/HR", 1)
     photos(tmp_path / "b/HR", 2, seed=1)
-    code, text = train(tmp_path, "--val_gt=a/HR,b/HR", "--dataroot_gt=a/HR", "--val_freq=6")
-    assert code == 0 and "validation: HR (1), HR_2 (2)" in text, text
-    assert [e["dataset"] for e in events(tmp_path, "val")] == ["HR", "HR_2"]
+    (tmp_path / "Set5").symlink_to(tmp_path / "a/HR")  # keeps the name that was given to it
+    code, text = train(tmp_path, "--val_gt=a/HR,b/HR,Set5", "--dataroot_gt=a/HR", "--val_freq=6")
+    assert code == 0 and "validation: HR (1), HR_2 (2), Set5 (1)" in text, text
+    assert [e["dataset"] for e in events(tmp_path, "val")] == ["HR", "HR_2", "Set5"]
 
 
 def test_fp16_and_bf16_and_no_average_run(tmp_path):
@@ -609,6 +615,10 @@ def test_evaluation_names_its_protocol_and_pads_like_the_paper(run, tmp_path):
             scores.append(psnr(out, gt))
         assert entry["psnr"] == pytest.approx(np.mean(scores), abs=1e-3)
     assert events(cwd, "val", "evalTrue")[0]["psnr"] != events(cwd, "val", "evalFalse")[0]["psnr"]
+    code, text = train(
+        cwd, "--in_chans=1", "--test_y_channel=True", "--val_gt=gt", "--val_freq=6", "--name=gray"
+    )
+    assert code == 0 and "(gray, border 0, sigma 25, seed 0)" in text, text  # not Y: of 0 to 255
 
 
 def test_any_option_gives_a_config_or_one_sentence(capsys):
