@@ -298,7 +298,7 @@ def open_pairs(gts, lqs, scale=1, filename_tmpl="{}", meta_info_file=None, cache
         unused = () if meta_info_file else sorted(own)
         problems += [f"{lq.root}/{lq.names[j]} is no image's partner in {gt.root}" for j in unused]
     small = [f"{s.root}/{s.names[i]}" for p in groups for s, i, *_, h, w in p if min(h, w) * scale < gt_size]
-    told = f"{len(small)} image(s) are smaller than {gt_size=}, padded by reflection: {', '.join(small[:3])}"
+    told = f"{len(small)} image(s) are below {gt_size=}, padded by reflection, as {', '.join(small[:3])}"
     return groups, sources, problems, [x for s in sources for x in s.notices] + [told][: len(small)]
 
 

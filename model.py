@@ -336,8 +336,7 @@ def load_weights(net: SwinIR, path: str | Path, param_key: str = "params_ema", s
     names = ", ".join(left[:5]) + f" and {len(left) - 5} more" * (len(left) > 5)
     other = "".join(f"; its {k} is {v!r}" for k, v in stated.items() if v != net.arguments.get(k))
     if not taken or (strict and left):
-        names += f" don't fit; strict_load=False takes {len(taken)} of {len(own)}"
-        raise ValueError(f"{path}: {names}{other}")
+        raise ValueError(f"{path}: unfit: {names}; strict_load=False takes {len(taken)} of {len(own)}{other}")
     net.load_state_dict(taken, strict=False)
     return f"{path}: {len(taken)} of {len(own)} tensors taken" + f"; left: {names}" * bool(left) + other
 

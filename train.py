@@ -300,10 +300,11 @@ def main(cfg: Config) -> int | None:
         numbers = SampleNumbers(cfg.batch_size, rank, world, start, accumulate)
         fixed |= {"seed", "batch_size", "optimizer", "degradation", "sigma", "quality", "pretrain_network"}
         fixed |= set() if cfg.dataroot_gt else {"dataroot_gt"}  # it may have been forgotten
+    else:
+        need(start or cfg.pretrain_network, f"eval_only: no checkpoint in {folder}; give --pretrain_network")
+        need(val_sets, "eval_only: give val_gt and val_lq")
     if start and (fixed := [text for k, text in changed.items() if k in fixed - {"use_checkpoint"}]):
         raise SystemExit(f"{', '.join(fixed)} must stay: give the old one, another --name, or --resume=never")
-    if cfg.eval_only and not (val_sets and (start or cfg.pretrain_network)):
-        raise SystemExit(f"eval_only: no checkpoint in {folder} or --pretrain_network; or pairs, no val_gt")
     if cfg.pretrain_network and not start:
         dataset.notices += [load_weights(net, cfg.pretrain_network, cfg.param_key, cfg.strict_load)]
     _lock = open_folder(folder, cfg) if reduced(torch.ones(1)) and rank == 0 else None  # once all have read

@@ -766,7 +766,7 @@ def test_check_and_preview_say_what_they_looked_at(folder, tmp_path):
     assert code == 0, text
     assert f"{small} image(s) or pair(s) found\n" in text
     first = f"{folder}/{ImageFolder(folder).names[0]}"
-    assert f"{small} image(s) are smaller than gt_size=512, padded by reflection: {first}, " in text
+    assert f"{small} image(s) are below gt_size=512, padded by reflection, as {first}, " in text
     code, text = run_cli("check", config)
     assert code == 1 and "unknown or incomplete" in text and "Traceback" not in text
     code, text = run_cli("check", config, f"--datarot_gt={folder}")
