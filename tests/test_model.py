@@ -234,9 +234,8 @@ def test_fine_tuning_says_what_was_taken(tmp_path):
     left = "conv_first.weight, upsample.0.weight, upsample.0.bias"
     assert said == f"{path}: {n - 3} of {n} tensors taken; left: {left}; its in_chans is 3; its upscale is 2"
     assert torch.equal(net.norm.weight, x2.norm.weight)
-    with pytest.raises(
-        ValueError, match=rf"x2\.pth: unfit: conv_first\.weight.*strict_load=False takes {n - 3} .*in_chans is 3"
-    ):
+    said = rf"x2\.pth: unfit: conv_first\.weight.*strict_load=False takes {n - 3} .*in_chans is 3"
+    with pytest.raises(ValueError, match=said):
         load_weights(net, path)
     assert load_weights(SwinIR(**x2.arguments), path) == f"{path}: {n} of {n} tensors taken"
     said = load_weights(SwinIR(**x2.arguments | {"img_range": 255.0}), path)  # no shape tells of it
