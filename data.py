@@ -274,14 +274,14 @@ def open_pairs(gts, lqs, scale=1, filename_tmpl="{}", meta_info_file=None, cache
     need("{}" in filename_tmpl and scale > 0, f"unfit: {filename_tmpl=}, which must hold {{}}, or {scale=}")
     lines = Path(meta_info_file).read_text("utf-8").splitlines() if meta_info_file else []
     listed = {line.rsplit(" (", line.endswith(")"))[0].strip() for line in lines} - {""}  # name.png (h,w,c)
-    roots, n, groups = [*map(os.path.expanduser, gts + lqs)], len(gts), []
+    roots, n, groups = [*map(os.path.expanduser, gts + lqs)], len(gts), [[] for _ in gts]
     sources = [PackedImages(r) if Path(r).is_file() else ImageFolder(r, cache_gb / n, whole) for r in roots]
     problems = [t for s in sources for k, t in s.problems if k in listed or not listed or s in sources[n:]]
     missing = sorted(listed.difference(*(gt.names for gt in sources[:n])))
     problems += [f"{meta_info_file}: {name} is missing" for name in missing]
-    for gt, lq in zip(sources[:n], sources[-n:], strict=True):  # the same if there are no lqs
-        by_name = {key: j for j, name in enumerate(lq.names) for key in (os.path.splitext(name)[0], name)}
-        groups, own = [*groups, []], set(by_name.values())  # each is the partner of one
+    for group, gt, lq in zip(groups, sources[:n], sources[-n:], strict=True):  # the same if there are no lqs
+        stems = (os.path.splitext(name)[0] for name in lq.names)  # less than whole names; own: not yet paired
+        by_name, own = {k: j for j, k in [*enumerate(stems), *enumerate(lq.names)]}, {*range(len(lq.names))}
         for i, (name, (h, w, _)) in enumerate(zip(gt.names, gt.shapes, strict=True)):
             if meta_info_file and name not in listed:
                 continue
@@ -294,7 +294,7 @@ def open_pairs(gts, lqs, scale=1, filename_tmpl="{}", meta_info_file=None, cache
             if max(abs(lh * scale - h), abs(lw * scale - w)) >= scale:
                 sizes = f"{lw}x{lh} pixels, not {w // scale}x{h // scale}, for {scale=}"
                 problems.append(f"{lq.root}/{lq.names[j]} and {gt.root}/{name} do not match: {sizes}")
-            groups[-1].append((gt, i, lq if lqs else None, j, min(h // scale, lh), min(w // scale, lw)))
+            group.append((gt, i, lq if lqs else None, j, min(h // scale, lh), min(w // scale, lw)))
         unused = () if meta_info_file else sorted(own)
         problems += [f"{lq.root}/{lq.names[j]} is no image's partner in {gt.root}" for j in unused]
     small = [f"{s.root}/{s.names[i]}" for p in groups for s, i, *_, h, w in p if min(h, w) * scale < gt_size]

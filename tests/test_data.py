@@ -422,6 +422,11 @@ def test_an_image_is_the_partner_of_one(tmp_path):
     assert code == 1 and "problems: 1" in text and "gt/a.png: no partner a.* left in" in text, text
     save(tmp_path / "lq/a.jpg", photo(32, 32))
     assert run_cli("check", tmp_path / "gt", tmp_path / "lq", "--gt_size=16")[0] == 0
+    for name in ("gt/a.jpg.png", "lq/a.jpg.png"):  # whose stem is the name of another
+        save(tmp_path / name, photo(32, 32))
+    for lq in (tmp_path / "lq", None):
+        (pairs,), _, problems, _ = data.open_pairs(tmp_path / "gt", lq)
+        assert not problems and [(pair[1], pair[3]) for pair in pairs] == [(k, k) for k in range(4)]
 
 
 def test_what_meta_info_file_leaves_out_may_be_damaged(folder, tmp_path):
