@@ -411,7 +411,9 @@ def SampleNumbers(batch_size: int, rank: int = 0, world: int = 1, start: int = 0
 
 
 def ignore_signals(worker: int) -> None:
-    for name in {"SIGINT", "SIGUSR1"} & set(dir(signal)):  # though sent to all, they are for the trainer
+    for name in {"SIGINT", "SIGHUP", "SIGUSR1"} & set(
+        dir(signal)
+    ):  # though sent to all, they are for the trainer
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(600))  # by then the trainer has saved
 
@@ -427,16 +429,25 @@ class Prefetcher:
     next() raises OSError for an unreadable image, otherwise RuntimeError. `wait`: seconds so far."""
 
     def __init__(self, loader: DataLoader, device: torch.device | str):
-        self.device, self.thread, self.wait = torch.device(device), ThreadPoolExecutor(1), 0.0
-        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self.device, self.wait = torch.device(device), 0.0
+        cuda = self.device.type == "cuda"
+        self.stream = torch.cuda.Stream(self.device) if cuda else None
+        # A thread begins with GPU 0 as its device: without this, each rank would open a context there
+        use = {"initializer": torch.cuda.set_device, "initargs": (self.device,)} if cuda else {}
+        self.thread = ThreadPoolExecutor(1, **use)
         self.batches = iter(loader)  # here, because processes are best forked by the main thread
         self.ready = [self.thread.submit(self.load) for _ in range(2)]  # two batches on the device
 
     def load(self) -> tuple[list[torch.Tensor], torch.cuda.Event | None]:
+        batch = next(self.batches)
+        if self.device.type == "mps":  # it takes no operations from two threads at a time
+            return batch, None
         with torch.cuda.stream(self.stream):  # None changes nothing
-            batch = [images.to(self.device, non_blocking=True) for images in next(self.batches)]
-            batch = [x.float() / 255 if x.dtype == torch.uint8 else x.float() for x in batch]
-            return batch, self.stream and self.stream.record_event()
+            return self.to_device(batch), self.stream and self.stream.record_event()
+
+    def to_device(self, batch: list[torch.Tensor]) -> list[torch.Tensor]:
+        batch = [images.to(self.device, non_blocking=True) for images in batch]
+        return [x.float() / 255 if x.dtype == torch.uint8 else x.float() for x in batch]
 
     def __next__(self) -> list[torch.Tensor]:
         start = time.perf_counter()
@@ -449,6 +460,8 @@ class Prefetcher:
         except (OSError, EOFError) as error:  # while a worker sent a batch
             raise RuntimeError(f"a DataLoader worker has died: {error!r}") from None
         self.wait += time.perf_counter() - start
+        if self.device.type == "mps":
+            return self.to_device(batch)
         if copied:
             torch.cuda.current_stream(self.device).wait_event(copied)
             for images in batch:  # lest the side stream reuse their memory while they are in use

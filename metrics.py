@@ -12,6 +12,8 @@
     rounding  the network's output is clamped to [0, 1], times 255, rounded to uint8, and only then compared
     Y         BT.601, 16 to 235, of the uint8 RGB; not rounded, as in SwinIR and BasicSR. KAIR and MATLAB's
               rgb2ycbcr round it, which gives 0.001 dB less at 22 dB and 1.6 dB less at 52 dB
+    exact     a validation of train.py counts an image as 60 dB at most, which is about what rounding to 8 bits
+              leaves: an image that is met exactly, as a black one may be, has no finite PSNR
     channels  PSNR: one squared error over all; SSIM, PSNR-B: one value each, then their mean; a set: the mean
 """
 
@@ -190,6 +192,11 @@ def strip(lq: np.ndarray, out: np.ndarray, gt: np.ndarray, before: float, after:
     return picture
 
 
+def finite(values: dict) -> dict:
+    """The same with None, which JSON calls null, for nan and inf, which JSON doesn't know."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
 class Log:
     """Lines for people (terminal, log.txt), events for programs: log.jsonl, curves.png (given matplotlib),
     TensorBoard, Weights & Biases. A restart takes back those after `start`. ValueError: no package, login."""
@@ -214,15 +221,16 @@ class Log:
             raise ValueError(f"{error} (pip install it; W&B: wandb login, or WANDB_MODE=offline)") from None
 
     def __call__(self, text: str, pictures: dict | tuple = (), event: str = "", **values: object) -> None:
-        tqdm.write(text)
+        with contextlib.suppress(OSError):  # the terminal may have been closed
+            tqdm.write(text)
         with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
             print(time.strftime("%Y-%m-%d %H:%M:%S"), text, file=file)
         if not event:
             return
         with open(self.file, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event, **values}) + "\n")
+            file.write(json.dumps({"event": event} | finite(values), allow_nan=False) + "\n")
         tag = "/".join(filter(None, (event, values.get("dataset"))))
-        scalars = {f"{tag}/{k}": v for k, v in values.items() if type(v) is float}
+        scalars = {f"{tag}/{k}": v for k, v in finite(values).items() if type(v) is float}
         for k, v in scalars.items() if self.board else ():
             self.board.add_scalar(k, v, values["iter"])
         for k, v in dict(pictures).items() if self.board else ():
@@ -238,7 +246,9 @@ class Log:
             figure = importlib.import_module("matplotlib.figure").Figure((12, 3.5), layout="constrained")
             log = [e for i in self.file.read_text().splitlines() if not (e := json.loads(i)).get("eval_only")]
             for axis, key in zip(figure.subplots(1, 3), ("loss", "lr", "psnr"), strict=True):
-                points = [(e.get("dataset", "training"), e["iter"], e[key]) for e in log if key in e]
+                points = [
+                    (e.get("dataset", "training"), e["iter"], e[key]) for e in log if e.get(key) is not None
+                ]
                 for name in dict.fromkeys(name for name, *_ in points):
                     axis.plot(*zip(*(xy for n, *xy in points if n == name), strict=True), ".-", label=name)
                     axis.legend()

@@ -12,12 +12,15 @@ import contextlib
 import copy
 import ctypes
 import difflib
+import importlib.util
 import inspect
 import json
 import math
 import os
+import shutil
 import signal
 import sys
+import sysconfig
 import time
 import zipfile
 from dataclasses import dataclass
@@ -32,7 +35,9 @@ from tqdm import tqdm
 
 from data import PairedImageDataset, Prefetcher, SampleNumbers, ValidationImages, imresize, need, train_loader
 from metrics import LOSSES, Log, psnr, psnrb, ssim, strip
-from model import SwinIR, load_weights, portable, restore
+from model import SwinIR, free_cores, load_weights, portable, restore
+
+MOST_PSNR = 60.0  # dB: what an image counts at most in a validation, lest an exact one decide it
 
 
 @dataclass
@@ -216,6 +221,22 @@ def hardware(cfg: Config, world: int) -> tuple[torch.device, str, int]:
     return device, auto if cfg.amp == "auto" else cfg.amp, accumulate
 
 
+def why_not_compiled(device: torch.device) -> str | None:
+    """What torch.compile lacks here, in words; None if nothing. On a CPU it takes long and gains little."""
+    if device.type != "cuda" or sys.platform != "linux":
+        return "only on CUDA under Linux, unless compile=on"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 7:
+        return f"the GPU has capability {major}.{minor}, Triton needs 7.0"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is missing"
+    if not any(map(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang", "cc")))):
+        return "no C compiler is found (install gcc)"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "Python.h is missing (install python3-dev)"
+    return None
+
+
 def open_data(cfg: Config) -> tuple[PairedImageDataset, dict[str, ValidationImages]]:
     """The training pairs, and the validation sets by name."""
     gt, lq = (v if isinstance(v, tuple) else (v,) for v in (cfg.val_gt, cfg.val_lq))
@@ -262,6 +283,13 @@ def write(path: Path, content: Any) -> None:
         raise SystemExit(f"{path} can't be written: {error}\nThe same command goes on") from None
 
 
+def set_threads(device: torch.device, before: int | None) -> int:
+    """Threads for the CPU: OMP_NUM_THREADS, or as many as `before` a restart, or as cores are free."""
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(before or free_cores(), torch.get_num_threads()))
+    return torch.get_num_threads()
+
+
 def last_checkpoint(folder: Path) -> tuple[dict, dict]:
     """(state, weights) of the newest checkpoint that is whole, with a warning for those that aren't."""
     for state in sorted(folder.glob("training_states/*.state"), key=lambda p: int(p.stem), reverse=True):
@@ -293,6 +321,7 @@ def main(cfg: Config) -> int | None:
     folder = Path("experiments") / cfg.name  # what must be refused is, before it is touched
     state, weights = last_checkpoint(folder if cfg.resume == "auto" or cfg.eval_only else folder / "moved")
     start, best, before = (state[k] for k in ("iter", "best", "config"))
+    threads = set_threads(device, state.get("threads"))
     how, at = ("{}: {} -> {}", f" iteration {start:,}") if start else ("{0}={2}", "")
     changed = {k: how.format(k, before[k], v) for k, v in vars(cfg).items() if before.get(k, v) != v}
     fixed = {*options_of(SwinIR, cfg), "scale", *["pretrain_network"] * bool(cfg.pretrain_network)}
@@ -330,11 +359,15 @@ def main(cfg: Config) -> int | None:
     model = torch.nn.parallel.DistributedDataParallel(net) if world > 1 else net
     if world > 1:  # a first backward sets its buckets, and so how sums round: a restart must agree in them
         model(torch.zeros(1, cfg.in_chans, *[cfg.window_size] * 2, device=device)).sum().backward()
-    if cfg.compile == "on" or (cfg.compile == "auto" and cuda and sys.platform == "linux"):
+    missing = why_not_compiled(device) if cfg.compile == "auto" else None
+    if cfg.compile == "on" or (cfg.compile == "auto" and not missing):
         for layer in net.layers:  # in place: no prefix in the state dict; alike: one compilation serves all
             layer.compile()
     model.broadcast_buffers = False  # DDP's; as an argument it is deprecated, and its new name too new
     work = f"{device}, {amp}, {world} rank(s) x {accumulate} micro-batch(es)"
+    work += (
+        f", {torch.get_num_threads()} thread(s)" if cpu else f"; not compiled: {missing}" if missing else ""
+    )
     log(f"network: {sum(p.numel() for p in params):,} parameters; torch {torch.__version__}, {work}")
 
     def validate(it: int) -> None:
@@ -346,6 +379,7 @@ def main(cfg: Config) -> int | None:
         window, measures = cfg.window_size, (psnr, ssim, psnrb) if cfg.degradation == "jpeg" else (psnr, ssim)
         for dataset, images in val_sets.items():
             pictures, scores = {}, torch.zeros(len(images), 1 + len(measures), dtype=torch.float64)
+            exact = torch.zeros(len(images))
             for i in range(rank, len(images), world):
                 name, lq, gt = images[i].values()
                 x, (h, w), peak = lq[None], gt.shape[:2], np.iinfo(gt.dtype).max
@@ -355,7 +389,10 @@ def main(cfg: Config) -> int | None:
                 lq, out = (i.permute(1, 2, 0).numpy().astype(gt.dtype) for i in pair)
                 lq = imresize(lq, cfg.scale) if cfg.scale > 1 else lq
                 how = gt, cfg.crop_border, cfg.test_y_channel
-                scores[i] = scores.new_tensor([psnr(lq, *how)] + [measure(out, *how) for measure in measures])
+                values = [psnr(lq, *how)] + [measure(out, *how) for measure in measures]
+                exact[i] = math.isinf(values[1])
+                # An exact image would be infinite: 60 dB, about what rounding to 8 bits alone leaves
+                scores[i] = scores.new_tensor([min(value, MOST_PSNR) for value in values])
                 if cfg.save_img:
                     path = folder / "visualization" / dataset / f"{name}_{it}.png"
                     path.parent.mkdir(parents=True, exist_ok=True)
@@ -367,11 +404,14 @@ def main(cfg: Config) -> int | None:
                 if rank == 0 and (old := folder / "models" / "net_g_best.pth").exists():
                     old.rename(old.with_stem(f"net_g_best_before_{it}"))
             before, value, similar, *unblocked = reduced(scores).mean(0).tolist()  # sums with zeros: exact
+            perfect = int(reduced(exact).sum())
             top, when = best[key] = max(best.get(key, [value, it]), [value, it], key=lambda b: b[0])
             entry = {"psnr": value, "ssim": similar} | dict(zip(["psnrb"], unblocked, strict=False))
             entry |= {"input_psnr": before, "best_psnr": top, "best_iter": when, "protocol": protocol}
+            entry["exact"] = perfect
             text = f"validation {dataset}: {value:.2f} dB, SSIM {similar:.4f}"
             text += "".join(f", PSNR-B {x:.2f} dB" for x in unblocked) + f"; input {before:.2f} dB"
+            text += f", {perfect} image(s) exact" * (perfect > 0)
             text += f", best {top:.2f} dB at {when:,}" * (it > 0 and not cfg.eval_only) + f" ({protocol})"
             log(text, pictures, event="val", iter=it, dataset=dataset, eval_only=cfg.eval_only, **entry)
             if when == it and decides:
@@ -386,6 +426,7 @@ def main(cfg: Config) -> int | None:
     def save(it: int) -> None:
         save_network(it, it)
         content = {"iter": it, "best": best, "config": vars(cfg), "scaler": scaler.state_dict()}
+        content["threads"] = threads
         content["sums"] = reduced(torch.eye(world)[rank, :, None] * sums.cpu())  # a row for each rank
         if rank == 0:
             write(folder / "training_states" / f"{it}.state", content | {"optimizer": optimizer.state_dict()})
@@ -403,13 +444,17 @@ def main(cfg: Config) -> int | None:
 
     def hear(number: int, frame: Any) -> None:
         asked["save"] = True
-        if number in (signal.SIGINT, signal.SIGTERM):
+        if number != getattr(signal, "SIGUSR1", None):
             asked["code"] = 128 + number
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once; not SIGTERM, of which Slurm sends several
-            os.write(2, b"\nstopping after this iteration or validation; Ctrl-C again: at once, unsaved\n")
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                os.write(
+                    2, b"\nstopping after this iteration or validation; Ctrl-C again: at once, unsaved\n"
+                )
 
-    for name in {"SIGINT", "SIGTERM", "SIGUSR1"} & set(dir(signal)):
-        signal.signal(getattr(signal, name), hear)
+    for name in {"SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"} & set(dir(signal)):
+        if name != "SIGHUP" or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+            signal.signal(getattr(signal, name), hear)
     loader = train_loader(dataset, numbers, min(cfg.num_workers, os.cpu_count() or 1), cuda)
     autocast = torch.autocast(device.type, torch.bfloat16 if amp == "bf16" else torch.float16, "16" in amp)
     form = "{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
@@ -440,7 +485,7 @@ def main(cfg: Config) -> int | None:
                     loss = LOSSES[cfg.loss](model(lq), gt) / accumulate
                 # A loss that isn't finite spoils the gradients, and by their sum those of all ranks.
                 scaler.scale(loss * (1 + 0 * loss.detach())).backward()
-                total += loss.detach()
+                total += (loss := loss.detach())
                 bar.update(1 / accumulate)
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
@@ -449,13 +494,15 @@ def main(cfg: Config) -> int | None:
             (cuda or cpu or good) and scaler.step(optimizer)
             scaler.update()
             if cfg.ema_decay:  # it grows to its value: in short runs 0.999 would keep the initial weights
-                torch._foreach_lerp_(averages, params, 1 - min(cfg.ema_decay, (1 + it) / (10 + it)))
+                with torch.no_grad():  # else each average drags a graph of all steps before
+                    torch._foreach_lerp_(averages, params, 1 - min(cfg.ema_decay, (1 + it) / (10 + it)))
             sums += torch.stack([total.where(good > 0, 0), norm.where(good > 0, 0), good, bad, bad])
             sums[4] *= bad
             # The rest looks, tells and saves. Only reading values waits for the GPU.
-            spent, steps, last = time.perf_counter() - since, it - seen, it == cfg.total_iters
+            steps, last = it - seen, it == cfg.total_iters
             if it % cfg.print_freq == 0 or last:
                 loss, norm, good, bad, row = reduced(sums / world).tolist()
+                spent = time.perf_counter() - since  # after the line above has waited for the device
                 loss, norm = (x / good if good else math.nan for x in (loss, norm))
                 speed, gb = cfg.batch_size * steps / spent, torch.cuda.max_memory_allocated() / 1e9 or None
                 entry = {"loss": loss, "lr": lr, "grad_norm": norm, "skipped": bad, "time": spent / steps}
@@ -468,11 +515,17 @@ def main(cfg: Config) -> int | None:
                 need(row < 50, "stopped: no finite loss in 50 steps; try lower lr, grad_clip=1, resume=never")
                 sums[:4] = 0
                 since, batches.wait, seen = time.perf_counter(), 0.0, it
+            validates = val_sets and (it % cfg.val_freq == 0 or last)
+            saves = (
+                it % cfg.save_checkpoint_freq == 0 and sums[4] < 9
+            ) or last  # not when weights are spoilt
+            if validates or saves:
+                sums.tolist()  # waits: steps that are queued aren't part of the pause
             paused = time.perf_counter()
-            if val_sets and (it % cfg.val_freq == 0 or last):
+            if validates:
                 bar.set_postfix_str("validating")
                 validate(it)
-            if (it % cfg.save_checkpoint_freq == 0 and sums[4] < 9) or last:  # not when weights are spoilt
+            if saves:
                 save(it)
             since += time.perf_counter() - paused
             if cpu or it == start + 1 or it % cfg.print_freq == 0:

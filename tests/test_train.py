@@ -50,9 +50,18 @@ def network(cwd, it, name="denoise_color25"):
     return torch.load(cwd / "experiments" / name / "models" / f"net_g_{it}.pth", weights_only=True)
 
 
+def strict_json(line):
+    """The object of a line. Python's parser would also take NaN and Infinity, which JSON lacks."""
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON: {line}")
+
+    return json.loads(line, parse_constant=refuse)
+
+
 def events(cwd, kind="train", name="denoise_color25"):
     lines = (cwd / "experiments" / name / "log.jsonl").read_text().splitlines()
-    return [e for e in map(json.loads, lines) if e["event"] == kind]
+    return [e for e in map(strict_json, lines) if e["event"] == kind]
 
 
 @pytest.fixture(scope="module")
@@ -476,7 +485,7 @@ def test_steps_without_a_finite_loss_are_skipped(tmp_path):
     assert code != 0
     assert not list(tmp_path.glob("experiments/*/models/*"))  # spoilt weights would push out sound ones
     assert "loss nan" in text and "20 skipped" in text
-    assert math.isnan(events(tmp_path)[-1]["loss"])  # not 0, which would look like success
+    assert events(tmp_path)[-1]["loss"] is None  # not 0, which would look like success
     assert "no finite loss" in text
     assert "Traceback" not in text
 
@@ -659,3 +668,170 @@ def test_any_option_gives_a_config_or_one_sentence(capsys):
             assert isinstance(load_config([f"--{name}={cut}"]), Config)
         except SystemExit as error:
             assert isinstance(error.code, str) and error.code.count("\n") == 0 and name[:9] in error.code
+
+
+# ---- what lives across steps ----
+
+ALIVE = """
+import gc, json, sys
+import torch
+import train
+
+lr_at, found = train.lr_at, []
+
+def look(it, cfg):  # called once in each iteration, when nothing of the step before is needed any more
+    gc.collect()
+    objects = gc.get_objects()
+    tensors = [x for x in objects if issubclass(type(x), torch.Tensor)]
+    graphs = sum(x.grad_fn is not None for x in tensors)
+    found.append((len(objects), len(tensors), graphs))
+    return lr_at(it, cfg)
+
+train.lr_at = look
+train.main(train.load_config(sys.argv[1:]))
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("options", [[], ["--accumulate=2", "--amp=fp16", "--use_checkpoint=True"]])
+def test_nothing_that_lives_across_steps_grows_or_holds_a_graph(tmp_path, options):
+    photos(tmp_path / "gt")
+    options = ["--dataroot_gt=gt", "--val_gt=gt", "--val_freq=4", "--total_iters=24", *options]
+    command = [sys.executable, "-c", ALIVE, *SMALL.split(), *options, "--save_checkpoint_freq=4"]
+    env = ENV | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    objects, tensors, graphs = zip(*json.loads(done.stdout.splitlines()[-1]), strict=True)
+    assert set(graphs) == {0}, graphs
+    assert tensors[11] == tensors[23], tensors  # after as many steps since the last validation and save
+    assert abs(objects[11] - objects[23]) < 40, objects
+
+
+# ---- validation with an exact image, signals of a terminal, threads ----
+
+
+def test_an_exact_image_decides_neither_the_mean_nor_the_best(tmp_path):
+    """A black image without noise comes out exact, and its PSNR would be infinite."""
+    photos(tmp_path / "gt")
+    Image.new("RGB", (40, 40)).save(tmp_path / "gt/black.png")
+    photos(tmp_path / "lq", seed=1)
+    Image.new("RGB", (40, 40)).save(tmp_path / "lq/black.png")
+    options = "--dataroot_gt=gt", "--val_gt=gt", "--val_lq=lq", "--val_freq=2", "--lr=1e-5"
+    code, text = train(tmp_path, *options)
+    assert code == 0 and ", 1 image(s) exact" in text, text
+    entries = events(tmp_path, "val")
+    assert [e["exact"] for e in entries] == [1, 1, 1]
+    net = load(tmp_path / "experiments/denoise_color25/models/net_g_6.pth")
+    values = [60.0]
+    for name in "01":
+        lq, gt = (np.asarray(Image.open(tmp_path / folder / f"{name}.png")) for folder in ("lq", "gt"))
+        with torch.no_grad():
+            out = net(torch.from_numpy(lq.copy()).permute(2, 0, 1)[None] / 255)[0]
+        out = (out.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+        values.append(psnr(out, gt))
+    assert entries[-1]["psnr"] == pytest.approx(np.mean(values), abs=1e-3)
+    best = max(entries, key=lambda e: e["psnr"])
+    assert best["best_iter"] == best["iter"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a terminal of Linux")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_closed_terminal_loses_nothing(tmp_path, ranks):
+    import pty
+
+    photos(tmp_path / "gt")
+    start = [sys.executable]
+    if ranks > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    options = "--dataroot_gt=gt", "--total_iters=100000", "--save_checkpoint_freq=100000", "--num_workers=1"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(tmp_path)
+        os.execve(sys.executable, [*start, str(ROOT / "train.py"), *SMALL.split(), *options], ENV)
+    log = tmp_path / "experiments/denoise_color25/log.jsonl"
+    deadline = time.time() + 120
+    while not (log.exists() and log.read_text()):
+        assert time.time() < deadline
+        time.sleep(0.1)
+    os.close(terminal)  # the kernel sends SIGHUP to all processes of the terminal
+    while not os.waitpid(pid, os.WNOHANG)[0]:
+        assert time.time() < deadline
+        time.sleep(0.1)
+    states = list((tmp_path / "experiments/denoise_color25/training_states").glob("*.state"))
+    assert len(states) == 1 and "stopped after iteration" in (log.parent / "log.txt").read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs nohup")
+def test_nohup_is_respected(tmp_path):
+    command = ["nohup", sys.executable, str(ROOT / "train.py"), *SMALL.split(), "--total_iters=100000"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    log = tmp_path / "experiments/denoise_color25/log.jsonl"
+
+    def count():
+        return len(log.read_text().splitlines()) if log.exists() else 0
+
+    deadline = time.time() + 120
+    while not count() and time.time() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGHUP)
+    before = count()
+    while count() < before + 3:
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs /proc/stat")
+def test_threads_follow_the_free_cores_and_a_restart(tmp_path, monkeypatch):
+    import model
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    busy = iter(
+        [
+            f"cpu0 {100 + 10 * k} 0 0 100 0 0 0 0 0 0\ncpu1 50 0 0 {100 + 10 * k} 0 0 0 0 0 0\n"
+            for k in range(20)
+        ]
+    )
+    monkeypatch.setattr(Path, "read_text", lambda path, *args: next(busy))
+    assert model.free_cores() == 1
+    idle = iter(
+        [
+            f"cpu0 9 0 0 {100 + 10 * k} 0 0 0 0 0 0\ncpu1 50 0 0 {100 + 10 * k} 0 0 0 0 0 0\n"
+            for k in range(20)
+        ]
+    )
+    monkeypatch.setattr(Path, "read_text", lambda path, *args: next(idle))
+    assert model.free_cores() == 2
+    monkeypatch.undo()
+
+    env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    code = "import model, sys, train; model.free_cores = train.free_cores = lambda: 1\n"
+    code += "train.main(train.load_config(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, *SMALL.split(), "--total_iters=1"]
+    env["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert "1 thread(s)" in done.stdout, done.stdout + done.stderr
+    command = [sys.executable, str(ROOT / "train.py"), *SMALL.split(), "--total_iters=2"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert "1 thread(s)" in done.stdout, done.stdout + done.stderr  # as before, though more may be free
+
+
+@pytest.mark.parametrize(
+    ("capability", "found", "words"),
+    [((6, 1), {"gcc"}, "capability 6.1"), ((8, 0), set(), "C compiler"), ((8, 0), {"gcc"}, None)],
+)
+def test_why_not_compiled(capability, found, words, monkeypatch):
+    import train as trainer
+
+    monkeypatch.setattr(trainer.sys, "platform", "linux")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(trainer.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(trainer.shutil, "which", lambda name: name if name in found else None)
+    monkeypatch.setattr(trainer.Path, "exists", lambda path: True)
+    monkeypatch.delenv("CC", raising=False)
+    reason = trainer.why_not_compiled(torch.device("cuda", 0))
+    assert reason is None if words is None else words in reason
+    assert "CUDA" in trainer.why_not_compiled(torch.device("cpu"))
