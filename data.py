@@ -1,512 +1,1286 @@
-"""Everything between the disk and the training step: read, pair, degrade, crop, pack and prefetch images.
+"""Everything between the disk and the training step: read, pair, degrade, crop, pack and prefetch.
 
-    python data.py pack DIV2K_HR div2k.npy                # decode a folder once, into one memory-mapped file
-    python data.py check GT [LQ] --scale=2                # or: check configs/jpeg.py --dataroot_gt=GT
-    python data.py preview configs/denoise.py sheet.png   # training pairs, as the network will see them
+    python data.py check photos                           # or: check GT LQ --scale=2, or a recipe:
+    python data.py check configs/jpeg.py --dataroot_gt=photos
+    python data.py preview configs/denoise.py sheet.png   # training pairs, as the network sees them
+    python data.py pack DIV2K_HR div2k.npy                # decode once, into a memory-mapped file
 
-Images are arrays (H, W, C), RGB or gray, uint8 or uint16. Sample n is a pure function of (seed, n).
+An image is an array (H, W, C), RGB or gray, uint8 or uint16. GT is the ground truth, LQ its
+low-quality partner, `scale` times smaller. Sample n is a pure function of (seed, n).
 """
 
-import ast
 import inspect
 import io
 import json
 import math
 import os
-import runpy
 import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
 
-def need(fine, sentence: str) -> None:
-    if not fine:
-        raise ValueError(sentence)
+class UserError(ValueError):
+    """A mistake that the user can correct. The message is one sentence that says how."""
+
+
+class UnreadableImage(UserError):
+    """An image file that is damaged, or whose layout is not known to be read exactly."""
+
+
+# Image files
+
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")  # Pillow's names
+GRAY_MODES = ("1", "L", "LA")
+COLOUR_MODES = ("P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB")
+
+
+class Header(NamedTuple):
+    shape: tuple[int, int, int]  # (H, W, C) as read, without alpha
+    bytes: int  # per value: 1 or 2
+    alpha: bool
+
+
+def read_image(path: str | Path, in_chans: int | None = None, alpha: bool = False) -> np.ndarray:
+    """An image file as (H, W, C) uint8, or uint16 if it has 16 bits; upright, as its EXIF says.
+
+    Args:
+        in_chans: 1 or 3 converts to gray or RGB. None: as the file is.
+        alpha: Keep an alpha channel as the last one. By default it is dropped.
+
+    Raises UnreadableImage, with the path. 16-bit colour needs opencv-python-headless.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            layout = layout_of(image)
+            if layout == "8 bits":
+                pixels = decode_8_bit(image, alpha)
+            elif layout == "16 bits, gray":
+                pixels = np.asarray(ImageOps.exif_transpose(image)).astype(np.uint16)
+            else:
+                pixels = decode_16_bit_colour(image, path)
+    except Exception as error:  # Pillow raises some ten kinds for a damaged file
+        raise UnreadableImage(f"{path} can't be read ({describe_error(error)})") from None
+    pixels = np.atleast_3d(pixels)
+    if not alpha and pixels.shape[2] in (2, 4):
+        pixels = pixels[..., :-1]
+    return to_channels(np.ascontiguousarray(pixels), in_chans)
+
+
+def read_header(path: str | Path) -> Header:
+    """What `read_image` would return, without decoding. Raises UnreadableImage."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            layout = layout_of(image)
+            width, height = image.size
+            # Pillow has turned the size of a TIFF already. Its getexif() would decode a PNG.
+            orientation = Image.Image.getexif(image).get(0x0112)
+            if image.format != "TIFF" and orientation in (5, 6, 7, 8):
+                width, height = height, width
+            gray = layout == "16 bits, gray" or image.mode in GRAY_MODES
+            shape = (height, width, 1 if gray else 3)
+            return Header(shape, 1 if layout == "8 bits" else 2, image.has_transparency_data)
+    except Exception as error:
+        raise UnreadableImage(f"{path} can't be read ({describe_error(error)})") from None
+
+
+def layout_of(image: Image.Image) -> str:
+    """How an open image is to be decoded. Raises UserError for what would not be exact."""
+    raw = image.tile[0].args if image.tile else ""
+    raw = raw if isinstance(raw, str) else raw[0]  # such as RGB;16B
+    bits = 8
+    if image.mode.startswith("I") or ";16" in raw:
+        bits = 16
+    if image.format == "TIFF":
+        bits = max(image.tag_v2.get(258, (1,)))  # BitsPerSample
+
+    if bits <= 8 and image.mode in GRAY_MODES + COLOUR_MODES:
+        return "8 bits"
+    if bits == 16 and image.mode.startswith("I"):
+        return "16 bits, gray"
+    if bits == 16 and image.mode in ("RGB", "RGBA") and raw.startswith("RGB"):
+        return "16 bits, colour"
+    advice = "save it with 8 or 16 bits per channel, interleaved, gray without alpha, or RGB"
+    raise UserError(f"mode {image.mode}, {raw}: {advice}")
+
+
+def decode_8_bit(image: Image.Image, alpha: bool) -> np.ndarray:
+    mode = "L" if image.mode in GRAY_MODES else "RGB"
+    transparent = image.has_transparency_data
+    image = ImageOps.exif_transpose(image)
+    if transparent and (alpha or image.mode in ("P", "PA")):  # palettes convert through RGBA
+        mode += "A"
+    return np.asarray(image.convert(mode))
+
+
+def decode_16_bit_colour(image: Image.Image, path: str | Path) -> np.ndarray:
+    """By OpenCV, as Pillow keeps the high bytes only: with these the result is compared."""
+    try:
+        import cv2
+    except ImportError:
+        advice = "pip install opencv-python-headless, or save it with 8 bits"
+        raise UserError(f"16-bit colour needs OpenCV: {advice}") from None
+    orientation = 1
+    if image.format != "TIFF":  # both libraries turn TIFF files themselves
+        orientation = image.getexif().get(0x0112, 1)
+    high = np.asarray(ImageOps.exif_transpose(image))
+    pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is not None and pixels.ndim == 3:
+        order = [2, 1, 0, 3][: pixels.shape[2]]  # BGR(A) to RGB(A)
+        pixels = turn_upright(pixels[..., order], orientation)
+    if pixels is None or pixels.shape != high.shape or not np.array_equal(pixels >> 8, high):
+        raise UserError("OpenCV and Pillow disagree on its pixels: save it as a plain PNG")
+    return pixels
+
+
+def turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Applies EXIF's orientation, 1 to 8."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return pixels
+
+
+def describe_error(error: Exception) -> str:
+    return str(error) if isinstance(error, UserError) else repr(error)
+
+
+def write_image(path: str | Path, pixels: np.ndarray) -> None:
+    """Writes (H, W, C) uint8 or uint16 as PNG: C is 1 gray, 2 gray alpha, 3 RGB, 4 RGB alpha.
+
+    The file is there once it is whole. 16-bit colour needs opencv-python-headless; 16-bit gray
+    with alpha is not written. Raises UserError for both.
+    """
+    channels = pixels.shape[2]
+    if pixels.dtype == np.uint16 and channels > 1:
+        content = encode_16_bit_colour(pixels)
+    else:
+        buffer = io.BytesIO()
+        image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
+        image.save(buffer, "PNG", compress_level=4)
+        content = buffer.getvalue()
+    partial_path = Path(path).with_name(f".{Path(path).name}.partial")
+    partial_path.write_bytes(content)
+    partial_path.replace(path)
+
+
+def encode_16_bit_colour(pixels: np.ndarray) -> bytes:
+    if pixels.shape[2] == 2:
+        raise UserError("16-bit gray with alpha can't be written: save the image without alpha")
+    try:
+        import cv2
+    except ImportError:
+        advice = "pip install opencv-python-headless, or save the input with 8 bits"
+        raise UserError(f"16-bit colour needs OpenCV: {advice}") from None
+    order = [2, 1, 0, 3][: pixels.shape[2]]  # RGB(A) to BGR(A)
+    _, content = cv2.imencode(".png", np.ascontiguousarray(pixels[..., order]))
+    return content.tobytes()
+
+
+def to_channels(image: np.ndarray, in_chans: int | None) -> np.ndarray:
+    """(H, W, C) -> (H, W, in_chans). Gray is BT.601's luma, rounded like Pillow's convert("L")."""
+    if in_chans == 1 and image.shape[2] == 3:
+        weights = np.array([19595, 38470, 7471], np.uint32)  # of 65536
+        luma = (image @ weights + 0x8000) >> 16
+        return luma.astype(image.dtype)[..., None]
+    if in_chans == 3 and image.shape[2] == 1:
+        return np.repeat(image, 3, axis=2)
+    return image
+
+
+def to_float(image: np.ndarray) -> np.ndarray:
+    """uint8 or uint16 -> float32 in [0, 1]; floats stay in their range."""
+    peak = np.iinfo(image.dtype).max if image.dtype.kind == "u" else 1
+    return np.divide(image, peak, dtype=np.float32)
 
 
 def list_images(root: str | Path) -> list[Path]:
-    """Image files below `root`, sorted. Hidden ones are skipped; folders met again through a link, too."""
-    paths, entered, kinds = [], {os.path.realpath(root)}, ".bmp .jpeg .jpg .png .tif .tiff .webp".split()
+    """Image files below `root`, sorted, without hidden ones. Links are followed once."""
+    root = os.path.expanduser(root)
+    paths = []
+    entered = {os.path.realpath(root)}
     for folder, subfolders, files in os.walk(root, followlinks=True):
-        inner = {os.path.realpath(Path(folder, s)): s for s in sorted(subfolders)[::-1] if s[0] != "."}
-        subfolders[:] = sorted(inner[real] for real in inner.keys() - entered)
-        entered |= inner.keys()
-        paths += [Path(folder, f) for f in files if f[0] != "." and Path(f).suffix.lower() in kinds]
-    need(paths, f"{str(root)!r} " + ("has no " + ", ".join(kinds) if os.path.isdir(root) else "is not there"))
+        first_seen = {}
+        for name in sorted(subfolders):
+            real = os.path.realpath(os.path.join(folder, name))
+            if not name.startswith(".") and real not in entered:
+                first_seen.setdefault(real, name)
+        entered.update(first_seen)
+        subfolders[:] = sorted(first_seen.values())
+        for name in files:
+            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES:
+                paths.append(Path(folder, name))
+    if not paths:
+        found = "is not there"
+        if os.path.isdir(root):
+            found = f"holds no images ({', '.join(IMAGE_SUFFIXES)})"
+        raise UserError(f"{str(root)!r} {found}")
     return sorted(paths)
 
 
-def read_image(path: str | Path, in_chans: int | None = None, header: bool = False, rows: int | None = None):
-    """(H, W, in_chans) uint8, or uint16 from 16-bit files; alpha dropped, orientation applied. Of a PNG only
-    the first `rows` are decoded. With `header`: ((H, W, C), bytes per value, has alpha), and nothing is."""
-    try:
-        with Image.open(path, formats=("BMP", "JPEG", "PNG", "TIFF", "WEBP")) as im:  # others lose 16 bits
-            layout, kind = im.tile[0].args if im.tile else "", im.mode.split(";")[0].removesuffix("A")
-            layout = layout if isinstance(layout, str) else layout[0]  # of the raw pixels, such as RGB;16B
-            wide = kind == "I" or ";16" in layout
-            bits = 32 if im.mode == "F" or "LA;" in layout else max(getattr(im, "tag_v2", {}).get(258, [8]))
-            need(bits <= (16 if wide else 8), "save it with 8 or 16 bits per channel, interleaved, no alpha")
-            if header:  # for PNG im.getexif() would decode the image; the size of TIFF is already turned
-                turned = im.format != "TIFF" and Image.Image.getexif(im).get(0x0112) in range(5, 9)
-                shape = (*im.size[:: 1 if turned else -1], 1 if kind in ("1", "L", "I") else 3)
-                return shape, 1 + wide, im.has_transparency_data
-            if rows and im.format == "PNG" and not im.info.get("interlace"):
-                im.tile = [im.tile[0]._replace(extents=(0, 0, im.width, min(rows, im.height)))]
-                if im.getexif():  # it may be turned
-                    return read_image(path, in_chans)
-            ImageOps.exif_transpose(im, in_place=True)
-            if kind == "I":
-                img = np.asarray(im).astype(np.uint16)
-            elif wide:
-                # Pillow keeps the high byte of 16-bit colour: told the other byte order, the low byte.
-                low, other = Image.open(path), layout[:-1] + ("L" if layout[-1] == "B" else "B")
-                low.tile = [t._replace(args=(other, *t.args[1:] * (t.args != layout))) for t in low.tile]
-                img = np.asarray(im).astype(np.uint16) << 8 | np.asarray(ImageOps.exif_transpose(low))
-            else:  # a palette may have transparency, which only RGBA can take
-                img = np.asarray(im.convert("L" if kind in ("1", "L") else "RGBA" if kind == "P" else "RGB"))
-    except Exception as error:  # Pillow raises some ten kinds for a damaged file
-        raise ValueError(f"{path} can't be read ({error!r})") from None
-    return to_channels(np.ascontiguousarray(np.atleast_3d(img)[..., :3]), in_chans)
+# Resizing
 
 
-def to_channels(img: np.ndarray, in_chans: int | None) -> np.ndarray:
-    """(H, W, C) -> (H, W, in_chans). Gray is the BT.601 luma, rounded like Pillow's convert('L')."""
-    if in_chans == 1 != img.shape[2]:
-        return (img @ np.array([19595, 38470, 7471], "u4") + 0x8000 >> 16).astype(img.dtype)[..., None]
-    return np.repeat(img, 3, axis=2) if in_chans == 3 != img.shape[2] else img
+def imresize(image: np.ndarray, scale: float) -> np.ndarray:
+    """MATLAB's bicubic imresize, bit for bit on uint8.
 
-
-def to_float(img: np.ndarray) -> np.ndarray:
-    """uint8 or uint16 -> float32 in [0, 1]; floats in it -> float32."""
-    return np.divide(img, np.iinfo(img.dtype).max if img.dtype.kind == "u" else 1, dtype=np.float32)
-
-
-def imresize(img: np.ndarray, scale: float) -> np.ndarray:
-    """MATLAB's bicubic imresize: (H, W, C) -> (ceil(H * scale), ceil(W * scale), C), bit for bit on uint8.
-    Antialiased, a = -0.5, borders mirrored; integers rounded half up after each dimension, height first."""
-    step = round(1 / scale, 12)  # pixels per output pixel; exact if whole, so that equal phases weigh equally
-    width = max(step, 1.0)  # of the kernel: it widens to shrink
+    (H, W, C) -> (ceil(H * scale), ceil(W * scale), C) of the same type. Antialiased, a = -0.5,
+    borders mirrored. Works on the height, then on the width; integers are rounded half up and
+    clipped after each.
+    """
     for axis in (0, 1):
-        rows, out = np.moveaxis(img, axis, 0), 0.0
-        centre = np.arange(math.ceil(round(len(rows) * scale, 9))) * step + 0.5 * (step - 1)
-        taps = np.floor(centre - 2 * width)[:, None] + np.arange(math.ceil(4 * width) + 2)
-        d = np.abs(centre[:, None] - taps) / width
-        weights = np.where(d <= 1, (1.5 * d - 2.5) * d * d + 1, ((-0.5 * d + 2.5) * d - 4) * d + 2) * (d <= 2)
-        weights /= weights.sum(axis=1, keepdims=True)
-        taps = abs((taps + len(rows) + 0.5) % (2 * len(rows)) - len(rows)).astype(int)  # mirrored to and fro
-        for tap, weight in zip(taps.T, weights.T, strict=True):  # in order, which decides how ties round
-            out = out + weight[:, None, None] * rows[tap] if weight.any() else out
-        out = np.clip(np.floor(out + 0.5), 0, np.iinfo(img.dtype).max) if img.dtype.kind == "u" else out
-        img = np.moveaxis(out, 0, axis).astype(img.dtype)
-    return img
+        rows = np.moveaxis(image, axis, 0)
+        out = resize_rows(rows, scale)
+        if image.dtype.kind == "u":
+            out = np.clip(np.floor(out + 0.5), 0, np.iinfo(image.dtype).max)
+        image = np.moveaxis(out.astype(image.dtype), 0, axis)
+    return image
 
 
-def add_noise(gt: np.ndarray, rng, options) -> np.ndarray:
-    """Gaussian, of deviation sigma / 255, not clipped; drawn in BGR order, like the reference test noise."""
-    sigma = rng.uniform(*options.sigma) if np.ndim(options.sigma) else options.sigma
-    return (to_float(gt) + rng.normal(0, sigma / 255, gt.shape)[..., ::-1]).astype(np.float32)
+def resize_rows(rows: np.ndarray, scale: float) -> np.ndarray:  # (n, ...) -> (m, ...) float64
+    n = len(rows)
+    # Input pixels per output pixel; rounded, so that equal phases have equal weights.
+    step = round(1 / scale, 12)
+    width = max(step, 1.0)  # of the kernel, which widens to shrink an image
+    centre = np.arange(math.ceil(round(n * scale, 9))) * step + 0.5 * (step - 1)  # (m,)
+    count = math.ceil(4 * width) + 2
+    taps = np.floor(centre - 2 * width)[:, None] + np.arange(count)  # (m, count) input positions
+    weights = cubic(np.abs(centre[:, None] - taps) / width)
+    weights /= weights.sum(axis=1, keepdims=True)
+    taps = np.abs((taps + n + 0.5) % (2 * n) - n).astype(int)  # mirrored to and fro
+    out = 0.0
+    for tap, weight in zip(taps.T, weights.T, strict=True):  # in order, which decides on ties
+        if weight.any():
+            out = out + weight[:, None, None] * rows[tap]
+    return out
 
 
-def compress(gt: np.ndarray, rng, options) -> np.ndarray:
-    """JPEG, 4:2:0 if in colour: the same pixels as from OpenCV, with which SwinIR was trained and tested."""
-    img = gt if gt.dtype == np.uint8 else np.rint(gt / 257).astype(np.uint8)
-    quality = rng.uniform(*options.quality) if np.ndim(options.quality) else options.quality
+def cubic(d: np.ndarray) -> np.ndarray:
+    """Keys' kernel with a = -0.5 at the distances `d`."""
+    near = (1.5 * d - 2.5) * d * d + 1
+    far = ((-0.5 * d + 2.5) * d - 4) * d + 2
+    return np.where(d <= 1, near, far) * (d <= 2)
+
+
+# Degradations: functions (gt, rng, scale, *, own options) -> lq. They can be called with plain
+# values, and one can call another. gt is (H, W, C), uint8 or uint16; lq is / scale, of the same
+# type or float32 in [0, 1].
+
+
+def add_noise(
+    gt: np.ndarray, rng: Any, scale: int = 1, *, sigma: float | tuple = 25.0
+) -> np.ndarray:
+    """Gaussian noise of deviation sigma / 255, not clipped. sigma: a number, or (low, high).
+
+    Drawn in BGR order, as the reference test noise is.
+    """
+    sigma = draw(rng, sigma)
+    noise = rng.normal(0, sigma / 255, gt.shape)[..., ::-1]
+    return (to_float(gt) + noise).astype(np.float32)
+
+
+def compress_jpeg(
+    gt: np.ndarray, rng: Any, scale: int = 1, *, quality: float | tuple = 40
+) -> np.ndarray:
+    """JPEG, 4:2:0 if in colour. quality: 1 to 100, or (low, high).
+
+    The pixels are the same as OpenCV's, with which SwinIR was trained and tested.
+    """
+    quality = round(draw(rng, quality))
+    image = to_uint8(gt)
     file = io.BytesIO()
-    Image.fromarray(img[..., 0] if img.shape[2] == 1 else img).save(file, "JPEG", quality=round(quality))
+    Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(
+        file, "JPEG", quality=quality
+    )
     return np.asarray(Image.open(file)).reshape(gt.shape)
 
 
-def downscale(gt: np.ndarray, rng, options) -> np.ndarray:
-    return imresize(gt, 1 / options.scale)
+def downscale(gt: np.ndarray, rng: Any, scale: int = 1) -> np.ndarray:
+    """MATLAB's bicubic."""
+    return imresize(gt, 1 / scale)
 
 
-# name: (pure function (gt, rng, options) -> lq, margin). gt: (H, W, C) uint8 or uint16; lq: / scale, likewise
-# or float32 in [0, 1]. A crop is degraded with `margin` LQ pixels around it, from a multiple of it, and so
-# equals the crop of the degraded image: 16 is a block of 4:2:0 JPEG, 4 the reach of the cubic kernel.
-DEGRADATIONS = {"noise": (add_noise, 0), "jpeg": (compress, 16), "bicubic": (downscale, 4)}
+def draw(rng: Any, value: float | tuple[float, float]) -> float:
+    """A number as it is, or a uniform one of a range (low, high)."""
+    return rng.uniform(*value) if isinstance(value, tuple | list) else value
+
+
+def to_uint8(image: np.ndarray) -> np.ndarray:
+    """(H, W, C) uint8, uint16, or float in [0, 1] -> uint8, rounded."""
+    if image.dtype == np.uint8:
+        return image
+    return np.rint(to_float(image).clip(0, 1) * 255).astype(np.uint8)
+
+
+class Degradation(NamedTuple):
+    """A function, and the LQ pixels around a crop that it has to see.
+
+    A crop is degraded with `margin` LQ pixels around it, from a multiple of `margin` on, and so
+    equals the crop of the degraded image: 16 is a block of 4:2:0 JPEG, 4 the cubic kernel's reach.
+    """
+
+    function: Callable[..., np.ndarray]
+    margin: int = 0
+
+
+# By name: `--degradation=noise`. The options of a function are read off its signature. They are
+# set by options of train.py of the same name, fixed for a run, and named in the protocol.
+DEGRADATIONS = {
+    "noise": Degradation(add_noise),
+    "jpeg": Degradation(compress_jpeg, margin=16),
+    "bicubic": Degradation(downscale, margin=4),
+}
+LEAST = {"sigma": 0, "quality": 1}  # least value of an option
+VALIDATED = {"sigma": max, "quality": min}  # a range is validated at its hard end
+
+
+def degradation_options(name: str, cfg: Any = None) -> dict[str, Any]:
+    """The options of a degradation, read off its signature; none for an unknown one.
+
+    Their values are those of `cfg`, or the defaults where it has no such option.
+    """
+    if name not in DEGRADATIONS:
+        return {}
+    options = {}
+    for parameter in inspect.signature(DEGRADATIONS[name].function).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            options[parameter.name] = getattr(cfg, parameter.name, parameter.default)
+    return options
+
+
+def validation_options(options: dict[str, Any]) -> dict[str, Any]:
+    """A single value for each range that VALIDATED knows. Other ranges are drawn from."""
+    single = {}
+    for name, value in options.items():
+        if isinstance(value, tuple | list) and name in VALIDATED:
+            value = VALIDATED[name](value)
+        single[name] = value
+    return single
+
+
+def bind_degradation(name: str, scale: int, in_chans: int, options: dict[str, Any]) -> Degradation:
+    """DEGRADATIONS[name] with its options set, tried on a plain image. Raises UserError.
+
+    Options of other degradations are left out: a noise level does nothing to JPEG.
+    """
+    if name not in DEGRADATIONS:
+        known = ", ".join(DEGRADATIONS)
+        raise UserError(f"degradation={name!r} is none of {known}; give dataroot_lq or val_lq")
+    known = {option for other in DEGRADATIONS for option in degradation_options(other)}
+    for option, value in options.items():
+        if option not in known:
+            raise UserError(f"{option!r} is an option of no degradation")
+        check_range(option, value)
+    own = {key: options[key] for key in degradation_options(name) if key in options}
+    function, margin = DEGRADATIONS[name]
+    bound = partial(function, scale=scale, **own)
+
+    # Results of another kind would spoil the training without a word.
+    lq = bound(np.full((64 * scale, 64 * scale, in_chans), 128, np.uint8), sample_rng(0, 0))
+    if lq.shape != (64, 64, in_chans) or (lq.dtype != np.uint8 and np.mean(lq) > 9):
+        raise UserError(f"{name} must return (H / scale, W / scale, C), uint8 or floats in [0, 1]")
+    return Degradation(bound, margin)
+
+
+def check_range(name: str, value: Any) -> None:
+    least = LEAST.get(name, -math.inf)
+    if isinstance(value, tuple | list):
+        if len(value) == 2 and least <= value[0] <= value[1]:
+            return
+    elif not isinstance(value, int | float) or value >= least:
+        return
+    raise UserError(f"{name}={value} must be a number or a range (low, high), at least {least}")
+
+
+# Where images come from. A source has names, shapes (H, W, C), depths (bytes per value), problems
+# [(name, sentence)], notices, and source[i].
 
 
 class ImageFolder:
-    """The image files below `root`. `problems`: (name, sentence) of each that can't be read: at first headers
-    alone are read, or `whole` files. Decoded ones are kept while `cache_gb`, shared by workers, lasts."""
+    """The image files below `root`.
 
-    def __init__(self, root: str | Path, cache_gb: float = 2.0, whole: bool = False):
-        def look(path: Path) -> tuple:  # (header, None) or (None, problem)
-            try:
-                header = read_image(path, header=not whole or read_image(path) is not None)
-                return (path.relative_to(root).as_posix(), *header), None
-            except ValueError as error:
-                return None, (path.relative_to(root).as_posix(), str(error))
+    At first only headers are read; with `whole`, all files are decoded once, so that `problems`
+    names every damaged one. Decoded images are kept until `cache_gb` is used up, of which each
+    worker has its share.
+    """
 
-        self.root, self.cache_gb, self.cache, self.cached = Path(root), cache_gb, {}, 0
-        with ThreadPoolExecutor(16) as pool:  # many at a time, for to open a file is mostly to wait for it
-            found = list(tqdm(pool.map(look, list_images(root)), str(root), disable=None if whole else True))
-        good, self.problems = ([*filter(None, column)] for column in zip(*found, strict=True))
-        self.names, self.shapes, self.depths, alphas = ([header[k] for header in good] for k in range(4))
-        self.notices = [f"{root}: alpha is dropped from {sum(alphas)} image(s)"] if any(alphas) else []
+    def __init__(self, root: str | Path, cache_gb: float = 2.0, whole: bool = False) -> None:
+        self.root = Path(root)
+        self.cache_gb = cache_gb
+        self.cache: dict[int, np.ndarray] = {}
+        self.cached_bytes = 0
+        self.names: list[str] = []
+        self.shapes: list[tuple[int, int, int]] = []
+        self.depths: list[int] = []
+        self.problems: list[tuple[str, str]] = []
+        alphas = 0
+        paths = list_images(root)
+        look = look_whole if whole else look_at_header
+        with ThreadPoolExecutor(16) as pool:  # to open a file is mostly to wait for it
+            found = tqdm(
+                pool.map(look, paths), str(root), len(paths), disable=None if whole else True
+            )
+            for path, (header, problem) in zip(paths, found, strict=True):
+                name = path.relative_to(self.root).as_posix()
+                if problem:
+                    self.problems.append((name, problem))
+                    continue
+                self.names.append(name)
+                self.shapes.append(header.shape)
+                self.depths.append(header.bytes)
+                alphas += header.alpha
+        self.notices = [f"{root}: alpha is dropped from {alphas} image(s)"] if alphas else []
 
-    def __getitem__(self, i: int, rows: int | None = None) -> np.ndarray:
-        """Image i. Where only the first `rows` are needed, the others may be black: they aren't decoded."""
-        size, path = math.prod(self.shapes[i]) * self.depths[i], f"{self.root}/{self.names[i]}"
-        limit = self.cache_gb * 1e9 / getattr(get_worker_info(), "num_workers", 1)
-        if i not in self.cache and self.cached + size <= limit:
-            self.cache[i], self.cached = read_image(path), self.cached + size  # for good: epochs are shuffled
-        return self.cache[i] if i in self.cache else read_image(path, rows=rows)
+    def __getitem__(self, i: int) -> np.ndarray:
+        if i in self.cache:
+            return self.cache[i]
+        image = read_image(self.root / self.names[i])
+        worker = get_worker_info()
+        share = self.cache_gb * 1e9 / (worker.num_workers if worker else 1)
+        if self.cached_bytes + image.nbytes <= share:
+            # For good: every epoch has another order, so no image is more likely than another.
+            self.cache[i] = image
+            self.cached_bytes += image.nbytes
+        return image
+
+
+def look_at_header(path: Path) -> tuple[Header | None, str | None]:
+    """(header, None) or (None, problem)."""
+    try:
+        return read_header(path), None
+    except UnreadableImage as error:
+        return None, str(error)
+
+
+def look_whole(path: Path) -> tuple[Header | None, str | None]:
+    try:
+        read_image(path)
+        return read_header(path), None
+    except UnreadableImage as error:
+        return None, str(error)
 
 
 class PackedImages:
-    """A file made by pack(): a flat .npy of uint8: the pixels of all images, an index, its length, and MAGIC.
-    An image is a view of the file: a crop reads its own rows only."""
+    """A file made by `pack`. An image is a view of the file: a crop reads its own rows only.
 
-    MAGIC, problems, notices = b"nanoSwIR", [], []
+    It is a flat .npy of uint8: the pixels of all images, an index in JSON, its length, MAGIC.
+    """
 
-    def __init__(self, root: str | Path):
+    MAGIC = b"nanoSwIR"
+
+    def __init__(self, root: str | Path) -> None:
         self.root = root
+        self.problems: list[tuple[str, str]] = []
+        self.notices: list[str] = []
         try:
-            self.data = data = np.load(root, mmap_mode="r").view(np.ndarray)  # slices of np.memmap are slower
-            need(data[-8:].tobytes() == self.MAGIC, "cut off")
-            index = data[-16 - int.from_bytes(data[-16:-8].tobytes(), "little") : -16].tobytes()
-            self.names, self.shapes, self.depths, self.starts = json.loads(index)
+            # A plain array, because slices of np.memmap are slower.
+            self.data = np.load(root, mmap_mode="r").view(np.ndarray)
+            if self.data[-8:].tobytes() != self.MAGIC:
+                raise ValueError("cut off")
+            length = int.from_bytes(self.data[-16:-8].tobytes(), "little")
+            index = json.loads(self.data[-16 - length : -16].tobytes())
+            self.names, self.shapes, self.depths, self.starts = index
         except Exception:  # NumPy takes zip files for archives of arrays
-            raise ValueError(f"{root} is neither a folder nor a whole file of python data.py pack") from None
+            raise UserError(
+                f"{root} is neither a folder nor a whole file of python data.py pack"
+            ) from None
 
-    def __reduce__(self) -> tuple:  # a spawned worker maps the file anew, where pickle would copy it
+    def __reduce__(self) -> tuple:
+        # A spawned worker maps the file again, where pickle would copy it.
         return PackedImages, (self.root,)
 
-    def __getitem__(self, i: int, rows: int | None = None) -> np.ndarray:
+    def __getitem__(self, i: int) -> np.ndarray:
         return np.ndarray(self.shapes[i], f"<u{self.depths[i]}", self.data, self.starts[i])
 
 
 def pack(source: str | Path, target: str | Path) -> None:
-    """Decodes the folder `source`, first to name all damage, then into `target`, there once it is whole."""
-    need(not Path(target).exists(), f"{target} is there already: delete it, or give another name")
-    folder, partial = ImageFolder(source, cache_gb=0, whole=True), Path(f"{target}.partial")
-    need(not folder.problems, "; ".join([t for _, t in folder.problems[:5]] + ["data.py check tells all"]))
-    sizes = [math.prod(shape) * depth for shape, depth in zip(folder.shapes, folder.depths, strict=True)]
-    *starts, pixels = np.cumsum([0, *sizes]).tolist()
+    """Decodes the folder `source` into the file `target`, which is there once it is whole.
+
+    Raises UserError if an image is damaged, the disk too small, or the file there already.
+    """
+    target = Path(target)
+    if target.exists():
+        raise UserError(f"{target} is there already: delete it, or give another name")
+    folder = ImageFolder(source, cache_gb=0, whole=True)
+    if folder.problems:
+        sentences = [sentence for _, sentence in folder.problems[:5]]
+        raise UserError("; ".join([*sentences, "python data.py check tells all"]))
+
+    sizes = [math.prod(s) * d for s, d in zip(folder.shapes, folder.depths, strict=True)]
+    *starts, end = np.cumsum([0, *sizes]).tolist()
     index = json.dumps([folder.names, folder.shapes, folder.depths, starts]).encode()
-    total, free = pixels + len(index) + 16, shutil.disk_usage(partial.absolute().parent).free
+    total = end + len(index) + 16
+    free = shutil.disk_usage(target.absolute().parent).free
     print(*folder.notices, f"{len(sizes)} images, {total / 1e9:.3g} GB, for {target}", sep="\n")
-    need(total < 0.98 * free, f"{target} would fill the disk: make room, or pack to another one")
-    with partial.open("wb") as f, ThreadPoolExecutor(os.cpu_count()) as pool:
-        np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": (total,)})
-        for k in tqdm(range(0, len(sizes), 16), "16 images each"):  # that many in memory
-            for i, img in enumerate(pool.map(folder.__getitem__, range(len(sizes))[k : k + 16]), k):
-                need(img.nbytes == sizes[i], f"{source}/{folder.names[i]} has changed meanwhile: pack again")
-                f.write(img.astype(f"<u{img.itemsize}"))
-        f.write(index + len(index).to_bytes(8, "little") + PackedImages.MAGIC)
-    os.replace(partial, target)
+    if total > 0.98 * free:
+        raise UserError(f"{target} would fill the disk: make room, or pack to another one")
+
+    partial_path = Path(f"{target}.partial")
+    with partial_path.open("wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (total,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for first in tqdm(range(0, len(sizes), 16), "16 images each"):  # as many in memory
+            numbers = range(first, min(first + 16, len(sizes)))
+            for i, image in zip(numbers, pool.map(folder.__getitem__, numbers), strict=True):
+                if image.nbytes != sizes[i]:
+                    raise UserError(f"{source}/{folder.names[i]} has changed meanwhile: pack again")
+                file.write(image.astype(f"<u{image.itemsize}"))
+        file.write(index + len(index).to_bytes(8, "little") + PackedImages.MAGIC)
+    os.replace(partial_path, target)
 
 
 class SyntheticImages:
-    """Dead leaves: images[number] is (size, size, in_chans) uint8, a pure function of (seed, number).
-    After Achddou et al., "Synthetic images as a regularity prior", and VibrantLeaves, arXiv 2504.10201."""
+    """Dead leaves: images[number] is (size, size, in_chans) uint8, a function of (seed, number).
+
+    After Achddou et al., "Synthetic images as a regularity prior", and VibrantLeaves
+    (arXiv 2504.10201). `keep`: how many of those drawn last stay in memory.
+    """
 
     POOL = 256  # images in use at a time: 50 MB in each worker
 
-    def __init__(self, seed: int = 0, size: int = 256, in_chans: int = 3):
-        self.seed, self.size, self.in_chans = seed, size, in_chans
+    def __init__(
+        self, seed: int = 0, size: int = 256, in_chans: int = 3, keep: int = POOL + 64
+    ) -> None:
+        self.seed = seed
+        self.size = size
+        self.in_chans = in_chans
+        self.drawn: np.ndarray | None = None  # a ring: image n is at n % keep
+        self.numbers = [-1] * keep
 
-    def __getitem__(self, number: int, rows: int | None = None) -> np.ndarray:
-        return to_channels(dead_leaves(self.seed, number, self.size), self.in_chans)
+    def __getitem__(self, number: int) -> np.ndarray:
+        if self.drawn is None:
+            # All of the memory at once, so that it doesn't grow while training.
+            self.drawn = np.full((len(self.numbers), self.size, self.size, 3), 1, np.uint8)
+        slot = number % len(self.numbers)
+        if self.numbers[slot] != number:
+            self.drawn[slot] = dead_leaves(self.seed, number, self.size)
+            self.numbers[slot] = number
+        return to_channels(self.drawn[slot], self.in_chans)
 
 
-@lru_cache(maxsize=SyntheticImages.POOL + 64)  # room for those that have just left the pool
 def dead_leaves(seed: int, number: int, size: int, count: int = 300) -> np.ndarray:
     """(size, size, 3) uint8: a ground and `count` leaves, painted from back to front."""
-    rng, (y, x) = sample_rng(seed, number, 1), np.mgrid[:size, :size].astype(np.float32)
-    # Noise with the amplitude spectrum 1 / frequency^p, from grain (p = 0.5) to clouds (2); deviation 1.
-    f = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)).clip(1 / size)
-    noise = np.fft.rfft2(rng.standard_normal((3, size, size), np.float32))
-    noise = np.fft.irfft2(noise / f ** rng.uniform(0.5, 2, (3, 1, 1)), (size, size)).astype(np.float32)
-    noise /= noise.std(axis=(1, 2), keepdims=True)
-    # Colours differ in luminance, and far less along two opponent axes, from the tint of the image.
-    mean, spread, smallest, soft = rng.uniform((0.25, 0.1, 0, 0.6), (0.6, 0.3, math.log(6), 1.4))
-    chroma = rng.laplace(0, (0.05, 0.02)) + rng.gamma(2, 0.5) * rng.laplace(0, (0.12, 0.05), (count + 1, 2))
-    colours = np.insert(chroma, 0, 1, axis=1) @ [[1, 1, 1], [1, 0, -1], [0.5, -1, 0.5]]
-    colours = (colours * rng.normal(mean, spread, (count + 1, 1)).clip(0.02, 1)).astype(np.float32)
-    r0 = math.exp(-2 * smallest)
-    radii = (r0 - rng.random(count + 1) * (r0 - size**-2)) ** -0.5  # density ~ r^-3
-    radii[:16] = [2 * size, *rng.uniform(size / 16, size / 3, 15)]  # the ground, and what covers most of it
-    img = np.zeros((size, size, 3), np.float32)
-    leaves = zip(radii.tolist(), colours, rng.random((count + 1, 10)).tolist(), strict=True)
-    for r, colour, (cy, cx, turn, kind, *u) in leaves:
-        cy, cx, cos, sin = cy * size, cx * size, math.cos(2 * math.pi * turn), math.sin(2 * math.pi * turn)
-        box = tuple(slice(max(int(c - r - 2), 0), int(c + r + 3)) for c in (cy, cx))
-        a, b = cos * (x[box] - cx) + sin * (y[box] - cy), cos * (y[box] - cy) - sin * (x[box] - cx)
-        b -= (kind > 0.7) * (u[0] - 0.5) * (a * a / r - r / 3)  # some are bent
-        flat = 0.3 + 0.7 * u[1] if kind < 0.7 else max(0.4 / r, -0.08 * math.log(1 - u[1]))  # a leaf, a hair
-        out = (np.hypot(a, b / flat) - r) * flat  # distance from the outline in pixels, < 0 inside
-        for t in rng.uniform(0, 2 * math.pi, 3 + int(4 * u[0])).tolist() if kind < 0.35 else ():  # a polygon
-            out = np.maximum(out, math.cos(t) * a + math.sin(t) * b - r * (0.3 + 0.5 * math.cos(t) ** 2))
-        grain = noise[int(3 * u[2])]  # for a ragged outline and, with a slope, for the light
-        out += 0.3 * r * u[3] * (u[3] < 0.5) * grain[box]
-        light = 1 + (u[5] - 0.5) / size * a - 0.08 * math.log(1 - u[4]) * grain.T[box]
-        cover = (0.5 - out / soft).clip(0, 1)[..., None] if r < 2 * size else 1
-        img[box] += cover * (light[..., None] * colour - img[box])
-    return (img.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+    rng = sample_rng(seed, number, stream=1)
+    noise = coloured_noise(rng, size)
+    mean, spread, smallest, softness = rng.uniform(
+        (0.25, 0.1, 0, 0.6), (0.6, 0.3, math.log(6), 1.4)
+    )
+    colours = leaf_colours(rng, count + 1, mean, spread)
+    # Sizes have the density r^-3 of natural images, between `smallest` and the image.
+    least = math.exp(-2 * smallest)
+    radii = (least - rng.random(count + 1) * (least - size**-2)) ** -0.5
+    radii[0] = 2 * size  # the ground
+    radii[1:16] = rng.uniform(size / 16, size / 3, 15)  # these cover most of it
+    shapes = rng.random((count + 1, 10))
+
+    image = np.zeros((size, size, 3), np.float32)
+    for radius, colour, shape in zip(radii.tolist(), colours, shapes.tolist(), strict=True):
+        paint_leaf(image, radius, colour, shape, noise, softness, rng)
+    return (image.clip(0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def sample_rng(seed: int, number: int, stream: int = 0, reuse=None) -> np.random.Generator:
-    """A pure function of the numbers. To set the state of a generator takes a tenth of making one."""
+def coloured_noise(rng: np.random.Generator, size: int) -> np.ndarray:  # (3, size, size)
+    """Three textures of amplitude 1 / frequency^p, from grain (p = 0.5) to clouds (2)."""
+    frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)).clip(1 / size)
+    spectrum = np.fft.rfft2(rng.standard_normal((3, size, size), np.float32))
+    spectrum = spectrum / frequency ** rng.uniform(0.5, 2, (3, 1, 1))
+    noise = np.fft.irfft2(spectrum, (size, size)).astype(np.float32)
+    return noise / noise.std(axis=(1, 2), keepdims=True)
+
+
+def leaf_colours(rng: np.random.Generator, count: int, mean: float, spread: float) -> np.ndarray:
+    """(count, 3) RGB: they differ in luminance, and far less along two opponent axes."""
+    tint = rng.laplace(0, (0.05, 0.02))  # of the whole image
+    saturation = rng.gamma(2, 0.5)
+    chroma = tint + saturation * rng.laplace(0, (0.12, 0.05), (count, 2))
+    opponent_axes = [[1, 1, 1], [1, 0, -1], [0.5, -1, 0.5]]
+    colours = np.insert(chroma, 0, 1, axis=1) @ opponent_axes
+    luminance = rng.normal(mean, spread, (count, 1)).clip(0.02, 1)
+    return (colours * luminance).astype(np.float32)
+
+
+def paint_leaf(
+    image: np.ndarray,
+    radius: float,
+    colour: np.ndarray,
+    shape: list[float],
+    noise: np.ndarray,
+    softness: float,
+    rng: np.random.Generator,
+) -> None:
+    """A polygon, an ellipse or a hair, by ten random numbers `shape`, over `image` in place."""
+    size = len(image)
+    y, x, turn, kind, *u = shape
+    y, x = y * size, x * size
+    rows = slice(max(int(y - radius - 2), 0), int(y + radius + 3))
+    columns = slice(max(int(x - radius - 2), 0), int(x + radius + 3))
+    dy = np.arange(size, dtype=np.float32)[rows, None] - y
+    dx = np.arange(size, dtype=np.float32)[None, columns] - x
+    cos, sin = math.cos(2 * math.pi * turn), math.sin(2 * math.pi * turn)
+    along = cos * dx + sin * dy
+    across = cos * dy - sin * dx
+
+    is_hair = kind >= 0.7
+    if is_hair:
+        across -= (u[0] - 0.5) * (along * along / radius - radius / 3)  # bent
+    flatness = 0.3 + 0.7 * u[1]
+    if is_hair:
+        flatness = max(0.4 / radius, -0.08 * math.log(1 - u[1]))
+    # Distance from the outline in pixels, below 0 inside.
+    outside = (np.hypot(along, across / flatness) - radius) * flatness
+    if kind < 0.35:  # cut straight sides: a polygon
+        for angle in rng.uniform(0, 2 * math.pi, 3 + int(4 * u[0])).tolist():
+            reach = radius * (0.3 + 0.5 * math.cos(angle) ** 2)
+            side = math.cos(angle) * along + math.sin(angle) * across - reach
+            outside = np.maximum(outside, side)
+    texture = noise[int(3 * u[2])]
+    if u[3] < 0.5:  # a ragged outline
+        outside += 0.3 * radius * u[3] * texture[rows, columns]
+    light = 1 + (u[5] - 0.5) / size * along - 0.08 * math.log(1 - u[4]) * texture.T[rows, columns]
+    cover = 1.0
+    if radius < 2 * size:  # the ground covers all
+        cover = (0.5 - outside / softness).clip(0, 1)[..., None]
+    image[rows, columns] += cover * (light[..., None] * colour - image[rows, columns])
+
+
+def sample_rng(
+    seed: int, number: int, stream: int = 0, reuse: np.random.Generator | None = None
+) -> np.random.Generator:
+    """A generator that depends on the numbers alone. Setting the state of one that is there
+    (`reuse`) takes a tenth of the time of making one."""
     rng = reuse or np.random.Generator(np.random.Philox(key=0))
-    fresh = {"bit_generator": "Philox", "buffer": [0] * 4, "buffer_pos": 4, "has_uint32": 0, "uinteger": 0}
-    rng.bit_generator.state = fresh | {"state": {"counter": [0, 0, 0, stream], "key": [seed % 2**64, number]}}
+    rng.bit_generator.state = {
+        "bit_generator": "Philox",
+        "state": {"counter": [0, 0, 0, stream], "key": [seed % 2**64, number]},
+        "buffer": [0] * 4,
+        "buffer_pos": 4,
+        "has_uint32": 0,
+        "uinteger": 0,
+    }
     return rng
 
 
-def open_pairs(gts, lqs, scale=1, filename_tmpl="{}", meta_info_file=None, cache_gb=0, whole=0, gt_size=0):
-    """Opens folders and packed files (one, a list, or names separated by commas), pairs images by name, and
-    returns a list of pairs for each GT root, sources, problems, notices. A pair (gt, i, lq, j, h, w) is gt[i]
-    and, unless lq is None, lq[j]; of both h x w LQ pixels are used, aligned top left as in BasicSR."""
-    gts, lqs = (str(r).split(",") if isinstance(r, str | Path) else list(r or ()) for r in (gts, lqs))
-    need(len(lqs) in (0, len(gts)), "give one dataroot_lq for each dataroot_gt")
-    need("{}" in filename_tmpl and scale > 0, f"unfit: {filename_tmpl=}, which must hold {{}}, or {scale=}")
-    lines = Path(meta_info_file).read_text("utf-8").splitlines() if meta_info_file else []
-    listed = {line.rsplit(" (", line.endswith(")"))[0].strip() for line in lines} - {""}  # name.png (h,w,c)
-    roots, n, groups = [*map(os.path.expanduser, gts + lqs)], len(gts), [[] for _ in gts]
-    sources = [PackedImages(r) if Path(r).is_file() else ImageFolder(r, cache_gb / n, whole) for r in roots]
-    problems = [t for s in sources for k, t in s.problems if k in listed or not listed or s in sources[n:]]
-    missing = sorted(listed.difference(*(gt.names for gt in sources[:n])))
-    problems += [f"{meta_info_file}: {name} is missing" for name in missing]
-    for group, gt, lq in zip(groups, sources[:n], sources[-n:], strict=True):  # the same if there are no lqs
-        stems = (os.path.splitext(name)[0] for name in lq.names)  # less than whole names; own: not yet paired
-        by_name, own = {k: j for j, k in [*enumerate(stems), *enumerate(lq.names)]}, {*range(len(lq.names))}
-        for i, (name, (h, w, _)) in enumerate(zip(gt.names, gt.shapes, strict=True)):
-            if meta_info_file and name not in listed:
-                continue
-            partner = Path(name).with_name(filename_tmpl.replace("{}", Path(name).stem)).as_posix()
-            if (j := by_name.get(partner + Path(name).suffix, by_name.get(partner)) if lqs else i) not in own:
-                problems += [f"{gt.root}/{name}: no partner {partner}.* left in {lq.root}: {filename_tmpl=}"]
-                continue
-            own.remove(j)
-            lh, lw = lq.shapes[j][:2] if lqs else (h // scale, w // scale)
-            if max(abs(lh * scale - h), abs(lw * scale - w)) >= scale:
-                sizes = f"{lw}x{lh} pixels, not {w // scale}x{h // scale}, for {scale=}"
-                problems.append(f"{lq.root}/{lq.names[j]} and {gt.root}/{name} do not match: {sizes}")
-            group.append((gt, i, lq if lqs else None, j, min(h // scale, lh), min(w // scale, lw)))
-        unused = () if meta_info_file else sorted(own)
-        problems += [f"{lq.root}/{lq.names[j]} is no image's partner in {gt.root}" for j in unused]
-    small = [f"{s.root}/{s.names[i]}" for p in groups for s, i, *_, h, w in p if min(h, w) * scale < gt_size]
-    told = f"{len(small)} image(s) are below {gt_size=}, padded by reflection, as {', '.join(small[:3])}"
-    return groups, sources, problems, [x for s in sources for x in s.notices] + [told][: len(small)]
+# Pairs by name
+
+
+class Pair(NamedTuple):
+    gt: Any  # a source
+    gt_index: int
+    lq: Any | None  # None: made by the degradation
+    lq_index: int
+    height: int  # LQ pixels that are used, aligned top left as in BasicSR
+    width: int
+
+
+class Pairs(NamedTuple):
+    groups: list[list[Pair]]  # a list for each root of dataroot_gt
+    sources: list[Any]
+    problems: list[str]
+    notices: list[str]
+
+
+def open_pairs(
+    gt_roots: Any,
+    lq_roots: Any = None,
+    scale: int = 1,
+    filename_tmpl: str = "{}",
+    meta_info_file: str | Path | None = None,
+    cache_gb: float = 0.0,
+    whole: bool = False,
+) -> Pairs:
+    """Opens folders and packed files and pairs their images by name.
+
+    Args:
+        gt_roots, lq_roots: A path, several separated by commas, or a sequence of them.
+        filename_tmpl: Name of the partner of {}.
+        meta_info_file: A list of the files to use, as BasicSR's. None: all.
+        cache_gb, whole: See ImageFolder.
+    """
+    gt_roots, lq_roots = split_roots(gt_roots), split_roots(lq_roots)
+    if lq_roots and len(lq_roots) != len(gt_roots):
+        raise UserError("give one dataroot_lq for each dataroot_gt")
+    if "{}" not in filename_tmpl or scale < 1:
+        raise UserError(f"{filename_tmpl=} must hold {{}}, and {scale=} must be at least 1")
+    listed = read_list(meta_info_file) if meta_info_file else None
+    share = cache_gb / max(len(gt_roots), 1)
+    gts = [open_source(root, share, whole) for root in gt_roots]
+    lqs = [open_source(root, share, whole) for root in lq_roots]
+
+    problems = unusable_files(gts, lqs, listed, meta_info_file)
+    groups = []
+    for k, gt in enumerate(gts):
+        if lqs:
+            group = match(gt, lqs[k], scale, filename_tmpl, listed, problems)
+        else:
+            group = []
+            for i, (height, width, _) in enumerate(gt.shapes):
+                if not listed or gt.names[i] in listed:
+                    group.append(Pair(gt, i, None, i, height // scale, width // scale))
+        groups.append(group)
+    notices = [notice for source in gts + lqs for notice in source.notices]
+    return Pairs(groups, gts + lqs, problems, notices)
+
+
+def unusable_files(
+    gts: list[Any], lqs: list[Any], listed: set[str] | None, meta_info_file: str | Path | None
+) -> list[str]:
+    """A sentence for each file that can't be read, and for each one that is listed but missing."""
+    problems = []
+    for source in gts + lqs:
+        for name, sentence in source.problems:
+            if not listed or name in listed or source in lqs:
+                problems.append(sentence)
+    if listed:
+        for name in sorted(listed.difference(*(gt.names for gt in gts))):
+            problems.append(f"{meta_info_file}: {name} is missing")
+    return problems
+
+
+def split_roots(roots: Any) -> list[str]:
+    if roots is None:
+        return []
+    if isinstance(roots, str | Path):
+        roots = str(roots).split(",")
+    return [os.path.expanduser(root) for root in roots]
+
+
+def open_source(root: str, cache_gb: float, whole: bool) -> Any:
+    return PackedImages(root) if Path(root).is_file() else ImageFolder(root, cache_gb, whole)
+
+
+def read_list(path: str | Path) -> set[str]:
+    """Names in BasicSR's meta_info_file: "name.png (h,w,c)" or "name.png" on each line."""
+    names = set()
+    for line in Path(path).read_text("utf-8").splitlines():
+        if line.endswith(")"):
+            line = line.rsplit(" (", 1)[0]
+        if line.strip():
+            names.add(line.strip())
+    return names
+
+
+def match(
+    gt: Any, lq: Any, scale: int, filename_tmpl: str, listed: set[str] | None, problems: list[str]
+) -> list[Pair]:
+    """Pairs of one root. Appends a sentence to `problems` for what has no partner or another size.
+
+    A partner may have another suffix. Whole names come first, so that a.jpg.png beside a.jpg
+    stays a name of its own, and an image is the partner of one.
+    """
+    by_name = {os.path.splitext(name)[0]: j for j, name in enumerate(lq.names)}
+    by_name |= {name: j for j, name in enumerate(lq.names)}
+    free = set(range(len(lq.names)))
+    group = []
+    for i, (name, (height, width, _)) in enumerate(zip(gt.names, gt.shapes, strict=True)):
+        if listed and name not in listed:
+            continue
+        path = Path(name)
+        partner = path.with_name(filename_tmpl.replace("{}", path.stem)).as_posix()
+        j = by_name.get(partner + path.suffix, by_name.get(partner))
+        if j not in free:
+            place = f"no partner {partner}.* left in {lq.root}: {filename_tmpl=}"
+            problems.append(f"{gt.root}/{name}: {place}")
+            continue
+        free.remove(j)
+        lq_height, lq_width = lq.shapes[j][:2]
+        off = max(abs(lq_height * scale - height), abs(lq_width * scale - width))
+        if off >= scale:
+            wanted = f"{width // scale}x{height // scale}"
+            sizes = f"{lq_width}x{lq_height} pixels, not {wanted}, for {scale=}"
+            problems.append(f"{lq.root}/{lq.names[j]} and {gt.root}/{name} do not match: {sizes}")
+        height, width = min(height // scale, lq_height), min(width // scale, lq_width)
+        group.append(Pair(gt, i, lq, j, height, width))
+    if not listed:
+        for j in sorted(free):
+            problems.append(f"{lq.root}/{lq.names[j]} is no image's partner in {gt.root}")
+    return group
+
+
+def raise_problems(problems: list[str], roots: list[Any], options: dict[str, Any]) -> None:
+    """UserError with the first problems, and the command that tells all of them."""
+    if not problems:
+        return
+    words = []
+    for root in roots:
+        if root:
+            words.append('"' + ",".join(split_roots(root)) + '"')
+    words += [f"--{key}={value}" for key, value in options.items() if value is not None]
+    command = " ".join(["python data.py check", *words])
+    raise UserError("; ".join([*problems[:5], f"{command} tells all"]))
+
+
+def name_small(groups: list[list[Pair]], scale: int, gt_size: int) -> list[str]:
+    """A notice about images that are smaller than the patch."""
+    small = []
+    for pair in (pair for group in groups for pair in group):
+        if min(pair.height, pair.width) * scale < gt_size:
+            small.append(f"{pair.gt.root}/{pair.gt.names[pair.gt_index]}")
+    if not small:
+        return []
+    names = ", ".join(small[:3])
+    return [f"{len(small)} image(s) are below {gt_size=}, padded by reflection, as {names}"]
+
+
+# Datasets
 
 
 class PairedImageDataset(Dataset):
-    """Training pairs: dataset[n] -> (lq (C, h, w), gt (C, h * scale, w * scale)), for any n >= 0; uint8 from
-    8-bit files, for the device to divide by 255, else float32 in [0, 1]. dataroot_gt: a folder, a packed
-    file, several; None: synthetic images. dataroot_lq: likewise; None: made by `degradation`, whose `sigma`
-    (of 255) and `quality` (of JPEG) are numbers or (low, high). With `dataset_weights` roots are drawn."""
+    """Training pairs: dataset[n] is (lq (C, h, w), gt (C, h * scale, w * scale)), for any n >= 0.
+
+    dataset[n, gt_size] has another patch size. Tensors are uint8 if all files have 8 bits (the
+    device divides by 255), else float32 in [0, 1].
+
+    Args:
+        dataroot_gt: A folder or packed file, or several. None: synthetic images.
+        dataroot_lq: Their partners, likewise. None: made by `degradation`.
+        degradation: A name in DEGRADATIONS.
+        scale: GT pixels per LQ pixel, along each side.
+        gt_size: Side of the GT patch in pixels, a multiple of scale.
+        in_chans: 3 for RGB, 1 for gray.
+        filename_tmpl, meta_info_file, cache_gb: See `open_pairs`.
+        dataset_weights: How often to draw from each root. None: by the number of its images.
+        use_hflip, use_rot: Horizontal flips; vertical flips and transpositions.
+        degradation_options: `sigma` of 255 or (low, high), `quality` of JPEG or (low, high), ...
+
+    Raises UserError, with files and remedy, for what can't be paired or read.
+    """
 
     def __init__(
-        self, dataroot_gt=None, dataroot_lq=None, degradation="noise", sigma=25, quality=40, scale=1,
-        gt_size=128, in_chans=3, filename_tmpl="{}", meta_info_file=None, dataset_weights=None,
-        use_hflip=True, use_rot=True, seed=0, cache_gb=2.0, whole=False,
-    ):  # fmt: skip
-        vars(self).update({k: v for k, v in locals().items() if k != "self"})
-        need(in_chans in (1, 3) and scale > 0 == gt_size % scale, f"unfit: {in_chans=}, {gt_size=}, {scale=}")
-        for name, v, least in ("sigma", sigma, 0), ("quality", quality, 1):
-            fine = np.size(v) == 1 + np.ndim(v) and least <= np.min(v) == np.ravel(v)[0]
-            need(fine, f"{name}={v} must be a number or a range (low, high), at least {least}")
-        self.degrade, self.margin = (None, 0) if dataroot_lq else DEGRADATIONS.get(degradation, (None, None))
-        need(self.margin is not None, f"{degradation=} is none of {[*DEGRADATIONS]}; give dataroot_lq/val_lq")
-        found = dataroot_gt, dataroot_lq, scale, filename_tmpl, meta_info_file, cache_gb, whole, gt_size
-        self.groups, sources, problems, self.notices = open_pairs(*found)
-        how = [f'"{",".join(map(str, np.ravel(root)))}"' for root in (dataroot_gt, dataroot_lq) if root]
-        how += [f"--{scale=}", f"--{filename_tmpl=!s}", f"--{meta_info_file=!s}"][: 2 + bool(meta_info_file)]
-        need(not problems, "; ".join([*problems[:5], f"python data.py check {' '.join(how)} tells all"]))
-        need(all(self.groups), f"{meta_info_file} lists no image of one of the roots")
-        fine = len(dataset_weights or self.groups) == len(self.groups) and min(dataset_weights or [1]) > 0
-        need(fine, f"dataset_weights={dataset_weights}: give a positive one for each root")
-        self.pairs = [pair for pairs in self.groups for pair in pairs]
-        self.synthetic = None if sources else SyntheticImages(seed, max(256, 2 * gt_size), in_chans)
-        self.epoch, self.rng, self.eight_bit = None, sample_rng(0, 0), not any(2 in s.depths for s in sources)
-        if self.degrade:  # on trial: results of another kind would spoil the training in silence
-            lq = self.degrade(np.full((64 * scale, 64 * scale, in_chans), 128, np.uint8), self.rng, self)
-            fine = lq.shape == (64, 64, in_chans) and (lq.dtype == np.uint8 or np.mean(lq) < 9)
-            need(fine, f"{degradation} must return (H / scale, W / scale, C), uint8 or floats in [0, 1]")
+        self,
+        dataroot_gt: Any = None,
+        dataroot_lq: Any = None,
+        degradation: str = "noise",
+        scale: int = 1,
+        gt_size: int = 128,
+        in_chans: int = 3,
+        filename_tmpl: str = "{}",
+        meta_info_file: str | Path | None = None,
+        dataset_weights: tuple[float, ...] | None = None,
+        use_hflip: bool = True,
+        use_rot: bool = True,
+        seed: int = 0,
+        cache_gb: float = 2.0,
+        **degradation_options: Any,
+    ) -> None:
+        if in_chans not in (1, 3) or scale < 1 or gt_size % scale:
+            raise UserError(f"{in_chans=} must be 1 or 3, and {gt_size=} a multiple of {scale=}")
+        self.scale = scale
+        self.gt_size = gt_size
+        self.in_chans = in_chans
+        self.use_hflip = use_hflip
+        self.use_rot = use_rot
+        self.seed = seed
+        self.degradation = None
+        if not dataroot_lq:
+            self.degradation = bind_degradation(degradation, scale, in_chans, degradation_options)
+
+        names = {"filename_tmpl": filename_tmpl, "meta_info_file": meta_info_file}
+        pairs = open_pairs(dataroot_gt, dataroot_lq, scale, **names, cache_gb=cache_gb)
+        raise_problems(pairs.problems, [dataroot_gt, dataroot_lq], {"scale": scale} | names)
+        if not all(pairs.groups):
+            raise UserError(f"{meta_info_file} lists no image of one of the roots")
+        self.groups = pairs.groups
+        self.pairs = [pair for group in pairs.groups for pair in group]
+        self.notices = pairs.notices + name_small(pairs.groups, scale, gt_size)
+        self.eight_bit = all(depth == 1 for source in pairs.sources for depth in source.depths)
+        self.dataset_weights = dataset_weights
+        if dataset_weights and (
+            len(dataset_weights) != len(self.groups) or min(dataset_weights) <= 0
+        ):
+            raise UserError(f"{dataset_weights=}: give a positive one for each root")
+        self.synthetic = None
+        if not pairs.sources:
+            self.synthetic = SyntheticImages(seed, max(256, 2 * gt_size), in_chans)
+        self.rng = sample_rng(0, 0)  # set anew for each sample
+        self.epoch = -1
+        self.order: np.ndarray | None = None  # of the pairs in this epoch
 
     def __len__(self) -> int:
         return len(self.pairs) or SyntheticImages.POOL
 
-    def pick(self, n: int, u: float, v: float) -> tuple:
-        """The pair of sample n, whose random numbers in [0, 1) are u and v."""
-        if self.synthetic:  # a pool, small at first, which an image joins every 64 samples
-            newest, size = 8 + n // 64, self.synthetic.size // self.scale
-            number = newest - int(u * min(newest + 1, SyntheticImages.POOL))
-            return self.synthetic, number, None, number, size, size
+    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
+        number, gt_size = index if isinstance(index, tuple) else (index, self.gt_size)
+        size = gt_size // self.scale
+        rng = sample_rng(self.seed, number, reuse=self.rng)
+        u = rng.random(7).tolist()
+        pair = self.choose(number, u[0], u[1])
+        # The corner of the crop in LQ pixels; every position is equally likely.
+        top = int(u[2] * max(pair.height - size + 1, 1))
+        left = int(u[3] * max(pair.width - size + 1, 1))
+        if self.degradation:
+            lq, gt = self.degraded_crop(pair, top, left, size, rng)
+        else:
+            lq, gt = self.paired_crop(pair, top, left, size)
+        lq = pad_by_reflection(lq, size)
+        gt = pad_by_reflection(gt, gt_size)
+        return self.augment(lq, *u[4:]), self.augment(gt, *u[4:])
+
+    def choose(self, number: int, u: float, v: float) -> Pair:
+        """The pair of a sample, whose random numbers in [0, 1) are u and v."""
+        if self.synthetic:
+            # A pool, small at first, which a new image joins every 64 samples.
+            newest = 8 + number // 64
+            i = newest - int(u * min(newest + 1, SyntheticImages.POOL))
+            side = self.synthetic.size // self.scale
+            return Pair(self.synthetic, i, None, i, side, side)
         if self.dataset_weights:
             bounds = np.cumsum(self.dataset_weights)
             group = self.groups[np.searchsorted(bounds, u * bounds[-1], side="right")]
             return group[int(v * len(group))]
-        epoch, position = divmod(n, len(self.pairs))
+        epoch, position = divmod(number, len(self.pairs))
         if epoch != self.epoch:
-            self.epoch, self.order = epoch, sample_rng(self.seed, epoch, 2).permutation(len(self.pairs))
+            self.epoch = epoch
+            self.order = sample_rng(self.seed, epoch, stream=2).permutation(len(self.pairs))
         return self.pairs[self.order[position]]
 
-    def __getitem__(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-        rng = sample_rng(self.seed, n, reuse=self.rng)
-        u = rng.random(7).tolist()
-        gt, i, lq, j, h, w = self.pick(n, *u[:2])
-        scale, size, margin, block = self.scale, self.gt_size // self.scale, self.margin, max(self.margin, 1)
-        top, left = int(u[2] * max(h - size + 1, 1)), int(u[3] * max(w - size + 1, 1))  # LQ pixels, inclusive
-        y, x = max(top // block * block - margin, 0), max(left // block * block - margin, 0)
-        bottom, right = (min(-(-(a + size) // block) * block + margin, n) for a, n in ((top, h), (left, w)))
-        gt = gt.__getitem__(i, bottom * scale)[y * scale : bottom * scale, x * scale : right * scale]
+    def paired_crop(
+        self, pair: Pair, top: int, left: int, size: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        s = self.scale
+        lq = pair.lq[pair.lq_index][: pair.height, : pair.width]
+        gt = pair.gt[pair.gt_index][: pair.height * s, : pair.width * s]
+        lq = lq[top : top + size, left : left + size]
+        gt = gt[top * s : (top + size) * s, left * s : (left + size) * s]
+        return to_channels(lq, self.in_chans), to_channels(gt, self.in_chans)
+
+    def degraded_crop(
+        self, pair: Pair, top: int, left: int, size: int, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Degrades no more than the crop and the margin around it that the degradation sees."""
+        s = self.scale
+        degrade, margin = self.degradation
+        y, bottom = with_margin(top, size, pair.height, margin)
+        x, right = with_margin(left, size, pair.width, margin)
+        gt = pair.gt[pair.gt_index][y * s : bottom * s, x * s : right * s]
         gt = to_channels(gt, self.in_chans)
-        gt = gt if margin else self.pad(gt, self.gt_size)  # first, for noise should not be mirrored
-        lq = lq.__getitem__(j, bottom)[y:bottom, x:right] if lq else self.degrade(gt, rng, self)
-        lq = self.pad(to_channels(lq[top - y :, left - x :][:size, :size], self.in_chans), size)
-        gt = gt[(top - y) * scale :, (left - x) * scale :][: self.gt_size, : self.gt_size]
-        return self.augment(lq, *u[4:]), self.augment(self.pad(gt, self.gt_size), *u[4:])
+        if margin == 0:
+            gt = pad_by_reflection(gt, size * s)  # before the noise, which should not be mirrored
+        lq = degrade(gt, rng)
+        top, left = top - y, left - x
+        lq = lq[top : top + size, left : left + size]
+        gt = gt[top * s : (top + size) * s, left * s : (left + size) * s]
+        return lq, gt
 
-    def augment(self, img: np.ndarray, u: float, v: float, t: float) -> torch.Tensor:
-        """(H, W, C) -> (C, H, W), in one of BasicSR's eight symmetries."""
-        img = img[:: -1 if self.use_rot and v < 0.5 else 1, :: -1 if self.use_hflip and u < 0.5 else 1]
-        img = img.transpose((2, 1, 0) if self.use_rot and t < 0.5 else (2, 0, 1))
-        return torch.from_numpy(np.require(img if self.eight_bit else to_float(img), None, "CW"))
-
-    def pad(self, img: np.ndarray, size: int) -> np.ndarray:
-        """To at least (size, size), by reflection. The edge is mirrored too, lest LQ and GT be shifted."""
-        h, w = (max(size - n, 0) for n in img.shape[:2])
-        return np.pad(img, ((0, h), (0, w), (0, 0)), "symmetric") if h or w else img
-
-
-class ValidationImages(PairedImageDataset):
-    """images[i] -> {name, lq: float32 (C, h, w), gt: array (h * scale, w * scale, C)}, whole. Noise is the
-    reference test noise, np.random.seed(0) before each image. Without `val_gt`: n synthetic images."""
-
-    def __init__(self, val_gt=None, val_lq=None, n: int = 16, scale: int = 1, crop_border=0, **other):
-        super().__init__(val_gt, val_lq, scale=scale, gt_size=scale, seed=-1, cache_gb=0, whole=True, **other)
-        self.pairs = self.pairs or [(self.synthetic, i, None, i, *2 * [256 // self.scale]) for i in range(n)]
-        self.names = [f"synthetic{k:02d}" if self.synthetic else gt.names[k] for gt, k, *_ in self.pairs]
-        tiny = [self.names[i] for i, p in enumerate(self.pairs) if min(p[-2:]) * scale < 16 + 2 * crop_border]
-        need(not tiny, f"{val_gt or 'synthetic'}: images below 16 pixels inside {crop_border=}: {tiny[:5]}")
-
-    def __getitem__(self, i: int) -> dict:
-        gt, k, lq, j, h, w = self.pairs[i]
-        gt = to_channels(gt[k][: h * self.scale, : w * self.scale], self.in_chans).copy()
-        rng = np.random.RandomState(0) if self.degrade is add_noise else sample_rng(0, i)
-        lq = lq[j][:h, :w] if lq else self.degrade(gt, rng, self)
-        lq = torch.from_numpy(to_float(to_channels(lq, self.in_chans)).transpose(2, 0, 1).copy())
-        return {"name": self.names[i].removesuffix(".png"), "lq": lq, "gt": gt}
+    def augment(self, image: np.ndarray, u: float, v: float, t: float) -> Tensor:
+        """(H, W, C) -> (C, H, W), in one of BasicSR's eight symmetries, by random numbers."""
+        if self.use_hflip and u < 0.5:
+            image = image[:, ::-1]
+        if self.use_rot and v < 0.5:
+            image = image[::-1]
+        if self.use_rot and t < 0.5:
+            image = image.transpose(1, 0, 2)
+        image = image.transpose(2, 0, 1)
+        if not self.eight_bit:
+            image = to_float(image)
+        return torch.from_numpy(np.require(image, requirements="CW"))
 
 
-def SampleNumbers(batch_size: int, rank: int = 0, world: int = 1, start: int = 0, accumulate: int = 1):
-    """Batches of sample numbers, without end: iteration `it` has [it * batch_size, (it + 1) * batch_size).
-    In it each of `accumulate` micro-batches, and in these each of `world` ranks, takes a contiguous slice."""
-    size, rest = divmod(batch_size, world * accumulate)
-    need(rest == 0, f"{batch_size=} is no multiple of ranks x accumulate, {world} x {accumulate}")
-    return ([*range(n, n + size)] for n in range(start * batch_size + rank * size, 2**62, world * size))
+def with_margin(start: int, size: int, limit: int, margin: int) -> tuple[int, int]:
+    """Start and end of a crop with its margin: at multiples of it, inside the image."""
+    block = max(margin, 1)
+    first = start // block * block - margin
+    last = -(-(start + size) // block) * block + margin
+    return max(first, 0), min(last, limit)
 
 
-def ignore_signals(worker: int) -> None:
-    for name in {"SIGINT", "SIGHUP", "SIGUSR1"} & set(
-        dir(signal)
-    ):  # though sent to all, they are for the trainer
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(600))  # by then the trainer has saved
+def pad_by_reflection(image: np.ndarray, size: int) -> np.ndarray:
+    """To at least (size, size). The edge is mirrored too: otherwise LQ and GT would be shifted."""
+    below = max(size - image.shape[0], 0)
+    right = max(size - image.shape[1], 0)
+    if below == right == 0:
+        return image
+    return np.pad(image, ((0, below), (0, right), (0, 0)), "symmetric")
 
 
-def train_loader(dataset, sampler, num_workers: int, pin: bool = False, **options) -> DataLoader:
-    """Batches in the sampler's order, without end: workers start once. `pin` if they are for a GPU."""
-    options |= {"batch_sampler": sampler, "pin_memory": pin, "worker_init_fn": ignore_signals}
-    return DataLoader(dataset, num_workers=num_workers, **options)
+class ValidationImages(Dataset):
+    """images[i] is {"name", "lq": float32 (C, h, w), "gt": array (h * scale, w * scale, C)}, whole.
+
+    Noise is the reference test noise, np.random.seed(0) before each image; other degradations
+    draw from a generator that is fixed by the image's number. Without `val_gt`: `n` synthetic
+    images. All files are decoded once, so that damaged ones are named before the training.
+    """
+
+    def __init__(
+        self,
+        val_gt: str | Path | None = None,
+        val_lq: str | Path | None = None,
+        n: int = 16,
+        degradation: str = "noise",
+        scale: int = 1,
+        in_chans: int = 3,
+        filename_tmpl: str = "{}",
+        crop_border: int = 0,
+        **degradation_options: Any,
+    ) -> None:
+        self.scale = scale
+        self.in_chans = in_chans
+        self.degradation = None
+        self.reference_noise = degradation == "noise"
+        if not val_lq:
+            options = validation_options(degradation_options)
+            self.degradation = bind_degradation(degradation, scale, in_chans, options)
+        if val_gt is None:
+            images = SyntheticImages(seed=-1, in_chans=in_chans, keep=n)
+            side = images.size // scale
+            self.notices = []
+            self.pairs = [Pair(images, i, None, i, side, side) for i in range(n)]
+            self.names = [f"synthetic{i:02d}" for i in range(n)]
+        else:
+            pairs = open_pairs(val_gt, val_lq, scale, filename_tmpl, whole=True)
+            options = {"scale": scale, "filename_tmpl": filename_tmpl}
+            raise_problems(pairs.problems, [val_gt, val_lq], options)
+            self.notices = pairs.notices
+            self.pairs = [pair for group in pairs.groups for pair in group]
+            self.names = [pair.gt.names[pair.gt_index] for pair in self.pairs]
+        small = []
+        for name, pair in zip(self.names, self.pairs, strict=True):
+            if min(pair.height, pair.width) * scale < 16 + 2 * crop_border:
+                small.append(name)
+        if small:
+            sentence = f"images below 16 pixels inside {crop_border=}: {', '.join(small[:5])}"
+            raise UserError(f"{val_gt or 'synthetic'}: {sentence}")
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        pair = self.pairs[i]
+        gt = pair.gt[pair.gt_index][: pair.height * self.scale, : pair.width * self.scale]
+        gt = to_channels(gt, self.in_chans).copy()
+        if self.degradation:
+            rng = np.random.RandomState(0) if self.reference_noise else sample_rng(0, i)
+            lq = self.degradation.function(gt, rng)
+        else:
+            lq = pair.lq[pair.lq_index][: pair.height, : pair.width]
+        lq = to_float(to_channels(lq, self.in_chans)).transpose(2, 0, 1)
+        name = self.names[i].removesuffix(".png")
+        return {"name": name, "lq": torch.from_numpy(lq.copy()), "gt": gt}
+
+
+# Loading
+
+
+def sample_batches(
+    plan: Callable[[int], tuple[int, int]],
+    rank: int = 0,
+    world: int = 1,
+    start: int = 0,
+    accumulate: int = 1,
+) -> Iterator[list[tuple[int, int]]]:
+    """Batches of the dataset's indices (n, gt_size), without end, from iteration start + 1 on.
+
+    plan(it) is (batch_size, gt_size) of iteration `it`. Samples are numbered through, whatever
+    the batch size. In each iteration every one of `accumulate` micro-batches, and in it every one
+    of `world` ranks, takes a contiguous slice. Raises UserError for a batch that can't be shared.
+    """
+    batch_size, _ = plan(start + 1)
+    if batch_size % (world * accumulate):
+        shares = f"{world} x {accumulate}"
+        raise UserError(f"{batch_size=} is no multiple of ranks x accumulate, {shares}")
+    return generate_batches(plan, rank, world, start, accumulate)
+
+
+def generate_batches(
+    plan: Callable[[int], tuple[int, int]], rank: int, world: int, start: int, accumulate: int
+) -> Iterator[list[tuple[int, int]]]:
+    first = sum(plan(it)[0] for it in range(1, start + 1))
+    it = start
+    while True:
+        it += 1
+        batch_size, gt_size = plan(it)
+        size = batch_size // (world * accumulate)
+        for micro in range(accumulate):
+            begin = first + (micro * world + rank) * size
+            yield [(number, gt_size) for number in range(begin, begin + size)]
+        first += batch_size
+
+
+def train_loader(
+    dataset: Dataset, batches: Any, num_workers: int, pin: bool = False, **options: Any
+) -> DataLoader:
+    """The batches in their order, without end: workers start once. `pin` if they are for a GPU."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        pin_memory=pin,
+        worker_init_fn=leave_signals_to_the_trainer,
+        **options,
+    )
+
+
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """Signals to the whole process group reach workers, too; these must live until the end."""
+    for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    # After ten minutes the trainer has saved, or is gone.
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(600))
 
 
 class Prefetcher:
-    """Iterates (lq, gt), float32 on `device`, loaded and copied ahead by a thread, on CUDA in a side stream.
-    next() raises OSError for an unreadable image, otherwise RuntimeError. `wait`: seconds so far."""
+    """Iterates over (lq, gt), float32 on `device`, loaded and copied ahead by a thread.
 
-    def __init__(self, loader: DataLoader, device: torch.device | str):
-        self.device, self.wait = torch.device(device), 0.0
-        cuda = self.device.type == "cuda"
-        self.stream = torch.cuda.Stream(self.device) if cuda else None
-        # A thread begins with GPU 0 as its device: without this, each rank would open a context there
-        use = {"initializer": torch.cuda.set_device, "initargs": (self.device,)} if cuda else {}
-        self.thread = ThreadPoolExecutor(1, **use)
-        self.batches = iter(loader)  # here, because processes are best forked by the main thread
-        self.ready = [self.thread.submit(self.load) for _ in range(2)]  # two batches on the device
+    On CUDA the copies run in a side stream. `wait`: seconds that next() has waited so far.
+    next() raises UnreadableImage for a damaged image and RuntimeError for a worker that died.
+    """
 
-    def load(self) -> tuple[list[torch.Tensor], torch.cuda.Event | None]:
+    def __init__(self, loader: DataLoader, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        self.wait = 0.0
+        self.stream = None
+        if self.device.type == "cuda":
+            # A thread begins on GPU 0: without set_device, every rank would open a context there.
+            self.stream = torch.cuda.Stream(self.device)
+            self.thread = ThreadPoolExecutor(1, "loader", torch.cuda.set_device, (self.device,))
+        else:
+            self.thread = ThreadPoolExecutor(1, "loader")
+        self.batches = iter(loader)  # here, because the main thread should fork the workers
+        self.ready = [self.thread.submit(self.load) for _ in range(2)]  # two batches ahead
+
+    def load(self) -> tuple[list[Tensor], Any]:
+        """Runs in the thread. Returns a batch, and an event on CUDA that says it is copied."""
         batch = next(self.batches)
-        if self.device.type == "mps":  # it takes no operations from two threads at a time
+        if self.device.type == "mps":  # takes no operations from a second thread
             return batch, None
-        with torch.cuda.stream(self.stream):  # None changes nothing
-            return self.to_device(batch), self.stream and self.stream.record_event()
+        if self.stream is None:
+            return self.to_device(batch), None
+        with torch.cuda.stream(self.stream):
+            batch = self.to_device(batch)
+            return batch, self.stream.record_event()
 
-    def to_device(self, batch: list[torch.Tensor]) -> list[torch.Tensor]:
-        batch = [images.to(self.device, non_blocking=True) for images in batch]
-        return [x.float() / 255 if x.dtype == torch.uint8 else x.float() for x in batch]
+    def to_device(self, batch: list[Tensor]) -> list[Tensor]:
+        tensors = []
+        for images in batch:
+            images = images.to(self.device, non_blocking=True)
+            tensors.append(images.float() / 255 if images.dtype == torch.uint8 else images.float())
+        return tensors
 
-    def __next__(self) -> list[torch.Tensor]:
-        start = time.perf_counter()
+    def __next__(self) -> list[Tensor]:
+        begin = time.perf_counter()
         self.ready.append(self.thread.submit(self.load))
         try:
             batch, copied = self.ready.pop(0).result()
-        except ValueError as error:  # from a worker it is a whole traceback that ends in the sentence
-            told = str(error).strip().rpartition("\n")[2].removeprefix("ValueError: ")
-            raise (OSError if "can't be read" in told else RuntimeError)(told) from error
+        except UnreadableImage as error:
+            # From a worker it is a whole traceback that ends in the sentence.
+            sentence = str(error).strip().splitlines()[-1].rpartition("UnreadableImage: ")[2]
+            raise UnreadableImage(sentence) from error
         except (OSError, EOFError) as error:  # while a worker sent a batch
             raise RuntimeError(f"a DataLoader worker has died: {error!r}") from None
-        self.wait += time.perf_counter() - start
+        self.wait += time.perf_counter() - begin
         if self.device.type == "mps":
             return self.to_device(batch)
-        if copied:
-            torch.cuda.current_stream(self.device).wait_event(copied)
-            for images in batch:  # lest the side stream reuse their memory while they are in use
-                images.record_stream(torch.cuda.current_stream(self.device))
+        if copied is not None:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(copied)
+            for images in batch:  # the side stream must not reuse their memory while they are used
+                images.record_stream(stream)
         return batch
 
-    def __exit__(self, *_) -> None:
+    def __iter__(self) -> "Prefetcher":
+        return self
+
+    def __enter__(self) -> "Prefetcher":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
         self.thread.shutdown(cancel_futures=True)
-        getattr(self.batches, "_shutdown_workers", int)()  # after an error its traceback holds the iterator
+        if hasattr(self.batches, "_shutdown_workers"):  # an error's traceback may keep them alive
+            self.batches._shutdown_workers()
 
-    __enter__ = __iter__ = lambda self: self
+
+# Command line
 
 
-def main(command: str = "", *arguments: str) -> None:
-    names = {k: v.default for k, v in inspect.signature(PairedImageDataset).parameters.items()}
-    paths = [a for a in arguments if a[:2] != "--"]
-    options = names | (runpy.run_path(paths.pop(0)) if paths and paths[0].endswith(".py") else {})
-    for key, _, text in (a[2:].partition("=") for a in arguments if a[:2] == "--"):
-        key in [*names] * (command != "pack") + ["help"] or print(f"--{key} isn't used by data.py {command}")
-        number = key == "dataset_weights" or isinstance(names.get(key), int | float)
-        need(not number or text[:1].isdigit() or text in ("True", "False"), f"--{key}=NUMBER, not {text!r}")
-        options[key] = ast.literal_eval(f"{text}," if key == "dataset_weights" else text) if number else text
-    options |= zip(("dataroot_gt", "dataroot_lq"), paths, strict=False) if command == "check" else {}
-    view = type("", (), {"__getattr__": lambda v, k: x(v) if callable(x := options[k]) else x})
-    known = {k: getattr(view(), k) for k in names}
-    if command == "pack" and len(paths) == 2:
+def main(arguments: list[str]) -> None:
+    command, *rest = arguments or [""]
+    paths = [word for word in rest if not word.startswith("--") and not word.endswith(".py")]
+    options = [word for word in rest if word.startswith("--") or word.endswith(".py")]
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+    elif command == "pack" and len(paths) == 2 and not options:
         pack(paths[0], Path(paths[1]).with_suffix(".npy"))  # never over an image
-    elif command == "check" and known["dataroot_gt"]:  # decode all
-        how = [known[k] for k in "dataroot_gt dataroot_lq scale filename_tmpl meta_info_file".split()]
-        groups, _, problems, notices = open_pairs(*how, whole=True, gt_size=known["gt_size"])
-        print(f"{sum(map(len, groups))} image(s) or pair(s) found", *notices, *problems, sep="\n")
-        sys.exit(f"problems: {len(problems)}" if problems else print("no problems"))
+    elif command == "check" and len(paths) <= 2:
+        check(paths, options)
     elif command == "preview" and len(paths) == 1 and Path(paths[0]).suffix:
-        need(not Path(paths[0]).exists(), f"{paths[0]} is there already: give a name that isn't")
-        lq, gt = next(Prefetcher(train_loader(PairedImageDataset(**known), SampleNumbers(8), 0), "cpu"))
-        sheet = torch.cat([torch.nn.functional.interpolate(lq, gt.shape[2:]), gt], 2).clip(0, 1) * 255
-        sheet = sheet.expand(-1, 3, -1, -1).round().byte().permute(2, 0, 3, 1).flatten(1, 2)
-        ImageOps.scale(Image.fromarray(sheet.numpy()), 1 + 100 // gt.shape[3], Image.NEAREST).save(paths[0])
-        print(f"{paths[0]}: 8 training pairs, the inputs above, the ground truth below")
+        preview(Path(paths[0]), options)
     else:
-        sys.exit(print(__doc__) if {"-h", "--help"} & {*sys.argv} else f"unknown or incomplete:\n\n{__doc__}")
+        sys.exit(f"unknown or incomplete:\n\n{__doc__}")
+
+
+def check(paths: list[str], options: list[str]) -> None:
+    """Decodes all images and prints every problem."""
+    cfg = read_options(options)
+    if paths:
+        cfg.dataroot_gt = paths[0]
+        cfg.dataroot_lq = paths[1] if len(paths) == 2 else None
+    if not cfg.dataroot_gt:
+        raise UserError("give a folder: python data.py check photos, or --dataroot_gt=photos")
+    names = (cfg.filename_tmpl, cfg.meta_info_file)
+    pairs = open_pairs(cfg.dataroot_gt, cfg.dataroot_lq, cfg.scale, *names, whole=True)
+    print(f"{sum(map(len, pairs.groups))} image(s) or pair(s) found")
+    notices = pairs.notices + name_small(pairs.groups, cfg.scale, cfg.gt_size)
+    print(*notices, *pairs.problems, sep="\n", end="\n" if notices or pairs.problems else "")
+    if pairs.problems:
+        sys.exit(f"problems: {len(pairs.problems)}")
+    print("no problems")
+
+
+def preview(path: Path, options: list[str]) -> None:
+    """Writes eight training pairs, LQ above GT, enlarged by a whole factor."""
+    if path.exists():
+        raise UserError(f"{path} is there already: give a name that isn't")
+    cfg = read_options(options)
+    dataset = PairedImageDataset(**dataset_options(cfg))
+    lqs, gts = zip(*(dataset[n] for n in range(8)), strict=True)
+    lq, gt = torch.stack(lqs), torch.stack(gts)
+    if dataset.eight_bit:
+        lq = lq / 255 if lq.dtype == torch.uint8 else lq
+        gt = gt / 255
+    lq = torch.nn.functional.interpolate(lq.float(), gt.shape[2:])
+    pairs = torch.cat([lq, gt.float()], 2).clip(0, 1) * 255  # (8, C, 2 * H, W)
+    sheet = pairs.expand(-1, 3, -1, -1).round().byte().permute(2, 0, 3, 1).flatten(1, 2)
+    enlargement = 1 + 100 // gt.shape[3]
+    ImageOps.scale(Image.fromarray(sheet.numpy()), enlargement, Image.NEAREST).save(path)
+    print(f"{path}: 8 training pairs, the inputs above, the ground truth below")
+
+
+def read_options(arguments: list[str]) -> Any:
+    """The options of train.py in config files and --key=value."""
+    try:
+        from train import read_config
+    except ModuleNotFoundError as error:
+        raise UserError("the command needs train.py beside data.py: copy it there, too") from error
+    return read_config(arguments)
+
+
+def dataset_options(cfg: Any) -> dict[str, Any]:
+    """Arguments of PairedImageDataset, from train.py's options."""
+    names = inspect.signature(PairedImageDataset).parameters
+    options = {name: getattr(cfg, name) for name in names if hasattr(cfg, name)}
+    return options | degradation_options(cfg.degradation, cfg)
 
 
 if __name__ == "__main__":
     try:
-        main(*sys.argv[1:])
-    except (ValueError, OSError, SyntaxError, KeyboardInterrupt) as e:
-        sys.exit(f"error: {str(e) or 'stopped'}")
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("error: stopped")

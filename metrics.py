@@ -1,24 +1,25 @@
-"""Everything that compares two images: PSNR, SSIM, PSNR-B, the losses; and the log that keeps the figures.
+"""Measures and losses, which compare two images; and the log of a run.
 
-    python metrics.py RESTORED GROUND_TRUTH [--crop_border=4] [--y] [--filename_tmpl={}x4]
+    python metrics.py RESTORED ORIGINALS [--crop_border=4] [--y] [--filename_tmpl={}x4]
 
-"2 dB lower than the paper" is most often a difference of convention. The published figures follow these:
+"2 dB lower than the paper" is most often a difference of convention. Published figures follow:
 
     task                       colour  border  figures           official script
-    classical, lightweight SR  Y       scale   PSNR SSIM         SwinIR main_test_swinir.py, BasicSR test.py
-    denoising                  RGB     0       PSNR              SwinIR main_test_swinir.py (gray: as it is)
-    JPEG artefact removal      gray    0       PSNR SSIM PSNR-B  SwinIR main_test_swinir.py
+    classical, lightweight SR  Y       scale   PSNR SSIM         SwinIR's, BasicSR's test.py
+    denoising                  RGB     0       PSNR              SwinIR's main_test_swinir.py
+    JPEG artefact removal      gray    0       PSNR SSIM PSNR-B  SwinIR's main_test_swinir.py
 
-    rounding  the network's output is clamped to [0, 1], times 255, rounded to uint8, and only then compared
-    Y         BT.601, 16 to 235, of the uint8 RGB; not rounded, as in SwinIR and BasicSR. KAIR and MATLAB's
-              rgb2ycbcr round it, which gives 0.001 dB less at 22 dB and 1.6 dB less at 52 dB
-    exact     a validation of train.py counts an image as 60 dB at most, which is about what rounding to 8 bits
-              leaves: an image that is met exactly, as a black one may be, has no finite PSNR
-    channels  PSNR: one squared error over all; SSIM, PSNR-B: one value each, then their mean; a set: the mean
+    rounding  The output is clamped to [0, 1], times 255, rounded to uint8, and only then compared.
+    Y         BT.601, 16 to 235, of the uint8 RGB; not rounded, as in SwinIR and BasicSR. KAIR and
+              MATLAB's rgb2ycbcr round it: 0.001 dB less at 22 dB, 1.6 dB less at 52 dB.
+    channels  PSNR: one squared error over all channels. SSIM, PSNR-B: one value for each, averaged.
+    exact     In train.py's validation an image counts as 60 dB at most, about what is left by
+              rounding to 8 bits. An image that is met exactly, as a black one may be, has no PSNR.
 """
 
 import argparse
 import contextlib
+import difflib
 import importlib
 import json
 import math
@@ -26,293 +27,696 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-Picture = np.ndarray | torch.Tensor  # uint8 or uint16; (H, W, 3) RGB, or (H, W, 1) or (H, W) gray
+Picture = np.ndarray | Tensor  # uint8 or uint16: (H, W, 3) RGB, or (H, W, 1) or (H, W) gray
 
 
-def need(fine, sentence: str) -> None:
-    if not fine:
-        raise ValueError(sentence)
+class UserError(ValueError):
+    """A mistake that the user can correct. The message is one sentence that says how."""
 
 
-def _planes(pred: Picture, target: Picture, crop_border: int, y: bool) -> tuple[np.ndarray, np.ndarray, int]:
-    """Two float64 (C, H, W) without the border, and the peak value; ValueError if they don't compare."""
-    pair = [i.numpy(force=True) if isinstance(i, torch.Tensor) else np.asarray(i) for i in (pred, target)]
-    a, b = (i[..., None] if i.ndim == 2 else i for i in pair)
-    need(a.shape == b.shape, f"the images' shapes differ: {a.shape} and {b.shape}")
-    need(a.ndim == 3 and a.shape[2] in (1, 3), f"an image is (H, W[, 1 or 3]), channels last, not {a.shape}")
-    need(a.dtype == b.dtype in (np.uint8, np.uint16), f"both must be uint8 or uint16: {a.dtype}, {b.dtype}")
-    height, width, channels = a.shape
-    need(0 <= 2 * crop_border < min(height, width), f"{crop_border=} is not possible with {width}x{height}")
-    peak = int(np.iinfo(a.dtype).max)
-    inside = np.s_[crop_border : height - crop_border, crop_border : width - crop_border]
-    a, b = (i[inside].astype(np.float64).transpose(2, 0, 1) for i in (a, b))
-    if y and channels == 3:
-        weights = np.array([65.481, 128.553, 24.966]) / 255  # ITU-R BT.601: black is 16/255, white 235/255
-        a, b = (np.tensordot(weights, i, 1)[None] + peak * 16 / 255 for i in (a, b))
-    return a, b, peak
+# Measures
 
 
 def psnr(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False) -> float:
-    """Peak signal-to-noise ratio in dB; inf for equal images. ValueError for other types, unequal shapes.
-    pred, target: uint8, or both uint16 (peak 65535); (H, W, 3) RGB, (H, W, 1) or (H, W); numpy or torch.
-    crop_border: pixels left out on each side. y: compare the luma of RGB; gray is compared as it is."""
-    pred, target, peak = _planes(pred, target, crop_border, y)
-    return 10 * math.log10(peak**2 / e) if (e := np.mean((pred - target) ** 2)) > 0 else math.inf
+    """Peak signal-to-noise ratio in dB; infinite for equal images.
+
+    Args:
+        pred, target: Both uint8, or both uint16 (peak 65535). (H, W, 3), (H, W, 1) or (H, W),
+            NumPy arrays or tensors.
+        crop_border: Pixels left out on each side.
+        y: Compare the luma of RGB images. Gray images are compared as they are.
+
+    Raises UserError for other types and for unequal shapes.
+    """
+    pred, target, peak = comparable(pred, target, crop_border, y)
+    return decibels(np.mean((pred - target) ** 2), peak)
 
 
 def ssim(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False) -> float:
-    """Structural similarity (Wang et al. 2004), at most 1; the constants and window of its authors.
-    Arguments as in `psnr`. Raises ValueError also for images under 11 pixels inside the border."""
-    pred, target, peak = _planes(pred, target, crop_border, y)
-    need(min(pred.shape[1:]) >= 11, f"SSIM needs 11x11 pixels inside the border, not {pred.shape[1:]}")
-    window = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))  # 11x11, Gaussian, sigma 1.5: along W, then H
-    window, c1, c2 = window / window.sum(), (0.01 * peak) ** 2, (0.03 * peak) ** 2
+    """Structural similarity (Wang et al. 2004), at most 1, with its authors' constants.
+
+    Arguments as in `psnr`. Raises UserError also for images below 11 pixels inside the border.
+    """
+    pred, target, peak = comparable(pred, target, crop_border, y)
+    height, width = pred.shape[1:]
+    if min(height, width) < 11:
+        raise UserError(f"SSIM needs 11x11 pixels inside the border, not {width}x{height}")
+    c1 = (0.01 * peak) ** 2
+    c2 = (0.03 * peak) ** 2
     values = []
-    for a, b in zip(pred, target, strict=True):  # one channel at a time, for the sake of memory
-        maps = np.stack([a, b, a * a + b * b, a * b])  # (4, H, W) -> (4, H - 10, W - 10): where it fits
-        for _ in range(2):  # the values that mix two lines are among those cut off
-            maps = np.convolve(maps.ravel(), window, "same").reshape(maps.shape)[..., 5:-5].swapaxes(1, 2)
-        mean_a, mean_b, squares, product = maps
-        mean_product, mean_squares = mean_a * mean_b, mean_a**2 + mean_b**2
-        covariance, variances = product - mean_product, squares - mean_squares
-        similarity = (2 * mean_product + c1) * (2 * covariance + c2)
-        values.append(np.mean(similarity / ((mean_squares + c1) * (variances + c2))))
+    for a, b in zip(pred, target, strict=True):  # one channel at a time, to save memory
+        mean_a, mean_b, mean_squares, mean_product = gaussian_means(
+            np.stack([a, b, a**2 + b**2, a * b])
+        )
+        variances = mean_squares - (mean_a**2 + mean_b**2)  # of a and of b, added
+        covariance = mean_product - mean_a * mean_b
+        luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+        structure = (2 * covariance + c2) / (variances + c2)
+        values.append(np.mean(luminance * structure))
     return float(np.mean(values))
 
 
 def psnrb(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False) -> float:
-    """PSNR in dB that counts the blockiness of `pred`, and of it alone, as error (Yim and Bovik 2011).
-    Arguments as in `psnr`. The 8x8 grid starts inside the border, so it meets a JPEG's grid only if that is a
-    multiple of 8. Raises ValueError also where fewer than two blocks are left."""
-    pred, target, peak = _planes(pred, target, crop_border, y)
+    """PSNR in dB that counts the blockiness of `pred`, and of it alone, as error (Yim, Bovik 2011).
+
+    Arguments as in `psnr`. The 8x8 grid starts inside the border, so it meets a JPEG's grid only
+    if the border is a multiple of 8. Raises UserError also where less than two blocks are left.
+    """
+    pred, target, peak = comparable(pred, target, crop_border, y)
     height, width = pred.shape[1:]
-    borders = height * (width // 8 - 1) + width * (height // 8 - 1)  # as SwinIR counts
+    borders = height * (width // 8 - 1) + width * (height // 8 - 1)  # as SwinIR counts them
     others = height * (width - 1) + width * (height - 1) - borders
-    need(borders > 0, f"PSNR-B needs two 8x8 blocks inside the border, not {width}x{height} pixels")
-    # Blockiness: how much larger squared steps are across borders of 8x8 blocks than elsewhere, at least 0.
-    steps = [np.sum(np.diff(pred, axis=axis) ** 2, axis=3 - axis) for axis in (1, 2)]  # each (C, positions)
-    across = sum(i[:, 7::8].sum(1) for i in steps)
-    excess = across / borders - (sum(i.sum(1) for i in steps) - across) / others
-    blockiness = np.maximum(excess, 0) * math.log2(8) / math.log2(min(height, width))
-    errors = np.mean((pred - target) ** 2, axis=(1, 2)) + blockiness
-    return sum(10 * math.log10(peak**2 / e) if e > 0 else math.inf for e in errors) / len(errors)
+    if borders <= 0:
+        raise UserError(f"PSNR-B needs two 8x8 blocks inside the border, not {width}x{height}")
+    values = []
+    for a, b in zip(pred, target, strict=True):
+        # How much larger squared steps are across the borders of blocks than elsewhere.
+        steps_x = np.sum(np.diff(a, axis=1) ** 2, axis=0)  # (W - 1,)
+        steps_y = np.sum(np.diff(a, axis=0) ** 2, axis=1)  # (H - 1,)
+        across = steps_x[7::8].sum() + steps_y[7::8].sum()
+        within = steps_x.sum() + steps_y.sum() - across
+        excess = max(across / borders - within / others, 0)
+        blockiness = excess * math.log2(8) / math.log2(min(height, width))
+        values.append(decibels(np.mean((a - b) ** 2) + blockiness, peak))
+    return sum(values) / len(values)
 
 
-def _difference(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """pred - target, at least in float32: half precision would lose small errors and the eps."""
-    need(pred.shape == target.shape, f"{tuple(pred.shape)} and {tuple(target.shape)} differ in shape")
+# Measures of a validation: name -> function(pred, target, crop_border, y). The first one of
+# `--measures=psnr,ssim` decides which network is the best: larger is better.
+MEASURES = {"psnr": psnr, "ssim": ssim, "psnrb": psnrb}
+FORMATS = {"psnr": "{:.2f} dB", "ssim": "SSIM {:.4f}", "psnrb": "PSNR-B {:.2f} dB"}
+MOST = {"psnr": 60.0, "psnrb": 60.0}  # what an image counts at most: an exact one has infinite dB
+
+
+def bounded(name: str, value: float) -> float:
+    return min(value, MOST.get(name, math.inf))
+
+
+def describe_measure(name: str, value: float) -> str:
+    return FORMATS.get(name, name + " {:.4f}").format(value)
+
+
+def comparable(
+    pred: Picture, target: Picture, crop_border: int, y: bool
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Both as float64 (C, H, W) without the border, and the peak value. Raises UserError."""
+    pred, target = as_array(pred), as_array(target)
+    if pred.shape != target.shape:
+        raise UserError(f"the images' shapes differ: {pred.shape} and {target.shape}")
+    if pred.ndim != 3 or pred.shape[2] not in (1, 3):
+        raise UserError(f"an image is (H, W[, 1 or 3]), channels last, not {pred.shape}")
+    if pred.dtype != target.dtype or pred.dtype not in (np.uint8, np.uint16):
+        raise UserError(f"both must be uint8 or uint16, not {pred.dtype} and {target.dtype}")
+    height, width, channels = pred.shape
+    if not 0 <= 2 * crop_border < min(height, width):
+        raise UserError(f"crop_border={crop_border} is not possible with {width}x{height} pixels")
+    peak = int(np.iinfo(pred.dtype).max)
+    planes = []
+    for image in (pred, target):
+        inside = image[crop_border : height - crop_border, crop_border : width - crop_border]
+        plane = inside.astype(np.float64).transpose(2, 0, 1)
+        if y and channels == 3:
+            plane = luma(plane, peak)
+        planes.append(plane)
+    return planes[0], planes[1], peak
+
+
+def as_array(image: Picture) -> np.ndarray:
+    array = image.numpy(force=True) if isinstance(image, Tensor) else np.asarray(image)
+    return array[..., None] if array.ndim == 2 else array
+
+
+def luma(rgb: np.ndarray, peak: int) -> np.ndarray:  # (3, H, W) -> (1, H, W)
+    """Y of ITU-R BT.601: black is 16 / 255 of the peak, white 235 / 255."""
+    weights = np.array([65.481, 128.553, 24.966]) / 255
+    return np.tensordot(weights, rgb, 1)[None] + peak * 16 / 255
+
+
+def decibels(squared_error: float, peak: int) -> float:
+    if squared_error == 0:
+        return math.inf
+    return 10 * math.log10(peak**2 / squared_error)
+
+
+def gaussian_means(maps: np.ndarray) -> np.ndarray:  # (K, H, W) -> (K, H - 10, W - 10)
+    """Means under an 11x11 Gaussian window of sigma 1.5, wherever it fits into the image."""
+    window = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
+    window /= window.sum()
+    for _ in range(2):  # along W, then along H
+        # One convolution over all rows in a line. What mixes two rows is cut off.
+        rows = np.convolve(maps.ravel(), window, "same").reshape(maps.shape)
+        maps = rows[..., 5:-5].swapaxes(1, 2)
+    return maps
+
+
+# Losses
+
+
+def l1(pred: Tensor, target: Tensor) -> Tensor:
+    return difference(pred, target).abs().mean()
+
+
+def mse(pred: Tensor, target: Tensor) -> Tensor:
+    return difference(pred, target).square().mean()
+
+
+def charbonnier(pred: Tensor, target: Tensor) -> Tensor:
+    """L1 that is smooth at 0, with KAIR's eps."""
+    return (difference(pred, target).square() + 1e-9).sqrt().mean()
+
+
+def difference(pred: Tensor, target: Tensor) -> Tensor:
+    """In float32 at least: half precision would lose small errors and the eps."""
+    if pred.shape != target.shape:
+        raise UserError(f"{tuple(pred.shape)} and {tuple(target.shape)} differ in shape")
     return pred.to(torch.promote_types(pred.dtype, torch.float32)) - target
 
 
-LOSSES = {  # function(pred, target) -> scalar
-    "l1": lambda pred, target: _difference(pred, target).abs().mean(),
-    "mse": lambda pred, target: _difference(pred, target).square().mean(),
-    "charbonnier": lambda pred, target: (_difference(pred, target).square() + 1e-9).sqrt().mean(),  # as KAIR
-}
-# The layers of torchvision's vgg19().features in order: conv1_1, relu1_1, conv1_2, relu1_2, pool1, ..., pool5
-_LAYERS = "1_1 1_2 1 2_1 2_2 2 3_1 3_2 3_3 3_4 3 4_1 4_2 4_3 4_4 4 5_1 5_2 5_3 5_4 5".split()
-VGG19 = [kind + n for n in _LAYERS for kind in (("conv", "relu") if "_" in n else ("pool",))]
+# name -> function(pred, target) -> scalar. `--loss=l1+0.1*mse` is a weighted sum of such terms.
+LOSSES = {"l1": l1, "mse": mse, "charbonnier": charbonnier}
+VGG_TERMS = ("perceptual", "style")  # terms that PerceptualLoss computes
+
+
+def parse_loss(text: str) -> dict[str, float]:
+    """{term: weight} of a text such as "charbonnier+0.1*perceptual". Raises UserError."""
+    known = [*LOSSES, *VGG_TERMS]
+    weights = {}
+    for term in text.replace(" ", "").split("+"):
+        factor, star, name = term.rpartition("*")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1) or known
+            raise UserError(
+                f"loss={text!r}: no loss is called {name!r}; there is {', '.join(near)}"
+            )
+        if name in weights:
+            raise UserError(f"loss={text!r}: {name} is given twice")
+        try:
+            weights[name] = float(factor) if star else 1.0
+        except ValueError:
+            raise UserError(f"loss={text!r}: {factor!r} is no weight, as in 0.1*{name}") from None
+    return weights
+
+
+class WeightedLoss(nn.Module):
+    """The weighted sum of losses that `--loss` names. Returns each weighted term by its name.
+
+    vgg_options: Arguments of PerceptualLoss, for the terms "perceptual" and "style".
+    """
+
+    def __init__(self, text: str, **vgg_options: Any) -> None:
+        super().__init__()
+        self.weights = parse_loss(text)
+        self.vgg = None
+        if any(name in VGG_TERMS for name in self.weights):
+            perceptual = self.weights.get("perceptual", 0.0)
+            style = self.weights.get("style", 0.0)
+            self.vgg = PerceptualLoss(
+                perceptual_weight=perceptual, style_weight=style, **vgg_options
+            )
+
+    def forward(self, pred: Tensor, target: Tensor) -> dict[str, Tensor]:
+        terms = {}
+        for name, weight in self.weights.items():
+            if name in LOSSES:
+                terms[name] = weight * LOSSES[name](pred, target)
+        if self.vgg is not None:
+            perceptual, style = self.vgg(pred, target)
+            if "perceptual" in self.weights:
+                terms["perceptual"] = perceptual
+            if "style" in self.weights:
+                terms["style"] = style
+        return terms
+
+
+def vgg19_layers() -> list[str]:
+    """Names of torchvision's vgg19().features in order: conv1_1, relu1_1, conv1_2, ..., pool5."""
+    names = []
+    for stage, convolutions in enumerate((2, 2, 4, 4, 4), 1):
+        for i in range(1, convolutions + 1):
+            names += [f"conv{stage}_{i}", f"relu{stage}_{i}"]
+        names.append(f"pool{stage}")
+    return names
+
+
+VGG19 = vgg19_layers()
 VGG19_FILE = "experiments/pretrained_models/vgg19-dcbb9e9d.pth"  # BasicSR's place for it
 VGG19_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
-CRITERIA = {"l1": F.l1_loss, "l2": F.mse_loss, "fro": lambda a, b: torch.linalg.vector_norm(a - b)}
 
 
-class PerceptualLoss(torch.nn.Module):
-    """Distance of VGG19 features, and of their Gram matrices (style), with BasicSR's arguments and results.
-    layer_weights: layer -> weight, e.g. {"conv5_4": 1.0} (before its ReLU), relu2_1, pool3. criterion: l1, l2
-    or fro (norm of the difference). use_input_norm: standardise by ImageNet's mean and deviation. range_norm:
-    images are in [-1, 1], not [0, 1]. vgg_path: torchvision's vgg19-dcbb9e9d.pth; None takes VGG19_FILE if it
-    is there, else torch.hub's copy or download. Raises ValueError for what cannot be had."""
+def frobenius(a: Tensor, b: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(a - b)
+
+
+CRITERIA = {"l1": F.l1_loss, "l2": F.mse_loss, "fro": frobenius}
+
+
+class PerceptualLoss(nn.Module):
+    """Distance of VGG19 features, and of their Gram matrices (style): BasicSR's, with its results.
+
+    Args:
+        layer_weights: Layer -> weight, for example {"conv5_4": 1.0} (before its ReLU), relu2_1,
+            pool3. A tuple of texts ("conv4_4:0.5", "conv5_4") is taken as well.
+        use_input_norm: Standardise images by ImageNet's mean and standard deviation.
+        range_norm: Images are in [-1, 1], not [0, 1].
+        criterion: "l1", "l2" or "fro" (norm of the difference).
+        vgg_path: torchvision's vgg19-dcbb9e9d.pth. None: VGG19_FILE if it is there, else
+            torch.hub's copy or download.
+
+    `forward` takes two (B, 3 or 1, H, W) and returns the perceptual and the style loss, each
+    times its weight. Raises UserError for layers, criteria or weights that can't be had.
+    """
 
     def __init__(
-        self, layer_weights: dict[str, float], use_input_norm=True, range_norm=False, perceptual_weight=1.0,
-        style_weight=0.0, criterion="l1", vgg_path: str | Path | None = None,
-    ):  # fmt: skip
+        self,
+        layer_weights: dict[str, float] | tuple[str, ...],
+        use_input_norm: bool = True,
+        range_norm: bool = False,
+        perceptual_weight: float = 1.0,
+        style_weight: float = 0.0,
+        criterion: str = "l1",
+        vgg_path: str | Path | None = None,
+    ) -> None:
         super().__init__()
-        if not layer_weights or set(layer_weights) - set(VGG19) or criterion not in CRITERIA:
-            raise ValueError(f"{layer_weights=}, {criterion=}: there are {', '.join([*CRITERIA, *VGG19])}")
-        self.layer_weights, self.distance = dict(layer_weights), CRITERIA[criterion]
-        self.use_input_norm, self.range_norm = use_input_norm, range_norm
-        self.perceptual_weight, self.style_weight = perceptual_weight, style_weight
-        self.names = VGG19[: max(map(VGG19.index, layer_weights)) + 1]
+        if not isinstance(layer_weights, dict):
+            layer_weights = parse_layers(layer_weights)
+        unknown = [name for name in layer_weights if name not in VGG19]
+        if unknown or not layer_weights or criterion not in CRITERIA:
+            known = ", ".join([*CRITERIA, *VGG19])
+            raise UserError(
+                f"layer_weights={layer_weights}, criterion={criterion!r}: there are {known}"
+            )
+        self.layer_weights = dict(layer_weights)
+        self.use_input_norm = use_input_norm
+        self.range_norm = range_norm
+        self.perceptual_weight = perceptual_weight
+        self.style_weight = style_weight
+        self.distance = CRITERIA[criterion]
+        deepest = max(VGG19.index(name) for name in layer_weights)
+        self.names = VGG19[: deepest + 1]
+        self.load_vgg(vgg_path)
+        for name, value in (("mean", [0.485, 0.456, 0.406]), ("std", [0.229, 0.224, 0.225])):
+            self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
+
+    def load_vgg(self, vgg_path: str | Path | None) -> None:
+        """Weights become buffers that are not saved: no optimizer or checkpoint sees them."""
         source = vgg_path or (VGG19_FILE if Path(VGG19_FILE).is_file() else VGG19_URL)
         load = torch.hub.load_state_dict_from_url if source == VGG19_URL else torch.load
         try:
             file = load(source, map_location="cpu", weights_only=True)
-            for n, name in enumerate(self.names):  # unsaved buffers: no optimizer or checkpoint sees them
-                for kind in ("weight", "bias") if name.startswith("conv") else ():
-                    self.register_buffer(f"{name}_{kind}", file[f"features.{n}.{kind}"], persistent=False)
-        except Exception as error:
-            raise ValueError(f"{source}: {error!r:.200}; put {VGG19_URL} at {VGG19_FILE}") from error
-        for name, value in (("mean", [0.485, 0.456, 0.406]), ("std", [0.229, 0.224, 0.225])):  # ImageNet's
-            self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
+            for n, name in enumerate(self.names):
+                if name.startswith("conv"):
+                    self.register_buffer(f"{name}_weight", file[f"features.{n}.weight"], False)
+                    self.register_buffer(f"{name}_bias", file[f"features.{n}.bias"], False)
+        except Exception as error:  # of the network, of the disk, of a damaged file
+            advice = f"put {VGG19_URL} at {VGG19_FILE}"
+            raise UserError(f"{source}: {error!r:.200}; {advice}") from error
 
-    def _features(self, x: torch.Tensor) -> list[torch.Tensor]:
+    def features(self, x: Tensor) -> list[Tensor]:
         x = x.expand(-1, 3, -1, -1)  # gray as three equal channels
-        x = (x + 1) / 2 if self.range_norm else x
-        x = (x - self.mean) / self.std if self.use_input_norm else x
+        if self.range_norm:
+            x = (x + 1) / 2
+        if self.use_input_norm:
+            x = (x - self.mean) / self.std
         found = {}
         for name in self.names:
             if name.startswith("conv"):
-                x = F.conv2d(x, getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias"), padding=1)
+                weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
+                x = F.conv2d(x, weight, bias, padding=1)
+            elif name.startswith("relu"):
+                x = F.relu(x)
             else:
-                x = F.relu(x) if name.startswith("relu") else F.max_pool2d(x, 2)
+                x = F.max_pool2d(x, 2)
             if name in self.layer_weights:
                 found[name] = x.float()
         return [found[name] for name in self.layer_weights]
 
-    def forward(self, pred: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two (B, 3 or 1, H, W) -> perceptual and style loss, times their weights; 0 for a weight of 0."""
-        features, wanted = self._features(pred), self._features(target.detach())
-        perceptual = style = pred.new_zeros((), dtype=torch.float32)
-        with torch.autocast(pred.device.type, enabled=False):  # sums over whole images: not in half precision
+    def forward(self, pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        features, wanted = self.features(pred), self.features(target.detach())
+        perceptual = pred.new_zeros((), dtype=torch.float32)
+        style = pred.new_zeros((), dtype=torch.float32)
+        # Sums over whole images: not in half precision.
+        with torch.autocast(pred.device.type, enabled=False):
             for weight, a, b in zip(self.layer_weights.values(), features, wanted, strict=True):
                 perceptual = perceptual + self.perceptual_weight * weight * self.distance(a, b)
                 if self.style_weight > 0:
-                    a, b = (i.flatten(2) @ i.flatten(2).mT / i[0].numel() for i in (a, b))  # (B, C, C)
-                    style = style + self.style_weight * weight * self.distance(a, b)
+                    distance = self.distance(gram_matrix(a), gram_matrix(b))
+                    style = style + self.style_weight * weight * distance
         return perceptual, style
 
 
-def strip(lq: np.ndarray, out: np.ndarray, gt: np.ndarray, before: float, after: float) -> Image.Image:
-    """Input, output, ground truth, (H, W, C) each, and PSNR: their middle 320 pixels; small ones enlarged."""
-    inside = tuple(slice(max(n - 320, 0) // 2, (n + min(n, 320)) // 2) for n in gt.shape[:2])
-    row = np.hstack([(i[inside] // (np.iinfo(gt.dtype).max // 255)).astype(np.uint8) for i in (lq, out, gt)])
-    picture = ImageOps.scale(Image.fromarray(row.squeeze()), max(128 // min(gt.shape[:2]), 1), Image.NEAREST)
-    draw = ImageDraw.Draw(picture)
-    for i, text in enumerate((f"input {before:.2f} dB", f"output {after:.2f} dB", "ground truth")):
-        draw.text((4 + i * picture.width // 3, 2), text, "white", stroke_width=1, stroke_fill="black")
-    return picture
+def parse_layers(texts: tuple[str, ...]) -> dict[str, float]:
+    """("conv4_4:0.5", "conv5_4") -> {"conv4_4": 0.5, "conv5_4": 1.0}"""
+    weights = {}
+    for text in texts:
+        name, colon, weight = text.partition(":")
+        try:
+            weights[name] = float(weight) if colon else 1.0
+        except ValueError:
+            raise UserError(f"vgg_layers: {text!r} must be written as conv5_4:0.5") from None
+    return weights
 
 
-def finite(values: dict) -> dict:
-    """The same with None, which JSON calls null, for nan and inf, which JSON doesn't know."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+def gram_matrix(x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, C)
+    x = x.flatten(2)
+    return x @ x.mT / (x.shape[1] * x.shape[2])
+
+
+# Running means
+
+
+class Meter:
+    """Means of a training's figures since the last log line, over all ranks.
+
+    Everything stays on the device: `add` does not wait for a GPU, only `means` does.
+    """
+
+    def __init__(self, device: torch.device | str, rank: int = 0, world: int = 1) -> None:
+        self.device = torch.device(device)
+        self.rank = rank
+        self.world = world
+        self.names: list[str] = []
+        self.sums: Tensor | None = None  # of each name, then finite, skipped, skipped in a row
+
+    def add(self, figures: dict[str, Tensor], finite: Tensor) -> None:
+        """Figures of a step, scalars on the device. What isn't finite is counted, not added."""
+        if self.sums is None:
+            self.names = list(figures)
+            self.sums = torch.zeros(len(figures) + 3, device=self.device)
+        values = torch.stack([figures[name].float() for name in self.names])
+        good = finite.float()
+        bad = 1 - good
+        counts = torch.stack([good, bad, bad])
+        self.sums += torch.cat([values.where(good > 0, 0), counts])
+        self.sums[-1] *= bad
+
+    def means(self) -> dict[str, float]:
+        """The mean of each figure (nan if no step was finite), and the counts of skipped steps."""
+        *sums, finite, skipped, in_a_row = sum_over_ranks(self.sums / self.world).tolist()
+        means = {}
+        for name, total in zip(self.names, sums, strict=True):
+            means[name] = total / finite if finite else math.nan
+        return means | {"skipped": skipped, "skipped_in_a_row": in_a_row}
+
+    def skipped_in_a_row(self) -> float:
+        """Waits for the device."""
+        return 0.0 if self.sums is None else self.sums[-1].item()
+
+    def reset(self) -> None:
+        self.sums[:-1] = 0  # steps skipped in a row are counted on
+
+    def state_dict(self) -> dict[str, Any]:
+        """With the sums of each rank. All ranks must call it."""
+        if self.sums is None:
+            return {}
+        rows = torch.zeros(self.world, len(self.sums))
+        rows[self.rank] = self.sums.cpu()
+        return {"names": self.names, "sums": sum_over_ranks(rows)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            self.names = state["names"]
+            rows = state["sums"]
+            self.sums = rows[self.rank % len(rows)].to(self.device)
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+# Log
 
 
 class Log:
-    """Lines for people (terminal, log.txt), events for programs: log.jsonl, curves.png (given matplotlib),
-    TensorBoard, Weights & Biases. A restart takes back those after `start`. ValueError: no package, login."""
+    """Lines for people (terminal, log.txt), events for programs (log.jsonl, TensorBoard, W&B).
 
-    def __init__(self, folder: Path, start=0, tensorboard=False, wandb=None, config: dict | None = None):
-        self.folder, self.file, self.board, self.run, kept = folder, folder / "log.jsonl", None, None, []
-        for line in self.file.read_text().splitlines(keepends=True) if self.file.exists() else ():
-            with contextlib.suppress(ValueError):  # a crash can cut the last line
-                kept += [line] if json.loads(line)["iter"] <= start else []
-        (folder / "log.jsonl.partial").write_text("".join(kept))
-        (folder / "log.jsonl.partial").replace(self.file)
+    Args:
+        folder: Of the run.
+        start: A restart takes back the events after this iteration.
+        tensorboard, wandb: Log there, too; `wandb` is the name of the project.
+        config: Options of the run, for TensorBoard and W&B.
+        quiet: Writes nothing, as on ranks other than 0.
+
+    Raises UserError for a package or a login that is missing.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        start: int = 0,
+        tensorboard: bool = False,
+        wandb: str | None = None,
+        config: dict[str, Any] | None = None,
+        quiet: bool = False,
+    ) -> None:
+        self.folder = folder
+        self.file = folder / "log.jsonl"
+        self.quiet = quiet
+        self.board = None  # TensorBoard's writer
+        self.run = None  # of Weights & Biases
+        if quiet:
+            return
+        self.take_back(start)
         try:
             if tensorboard:
                 package = importlib.import_module("torch.utils.tensorboard")
                 self.board = package.SummaryWriter(folder / "tensorboard", purge_step=start + 1)
                 self.board.add_text("config", json.dumps(config, indent=1))
             if wandb:
-                self.picture = (package := importlib.import_module("wandb")).Image
-                run = {"project": wandb, "id": f"{folder.name}-{folder.stat().st_ino}", "resume": "allow"}
-                self.run = package.init(dir=folder, name=folder.name, config=config, **run)
+                self.wandb = importlib.import_module("wandb")
+                self.run = self.wandb.init(
+                    project=wandb,
+                    id=f"{folder.name}-{folder.stat().st_ino}",
+                    name=folder.name,
+                    dir=folder,
+                    config=config,
+                    resume="allow",
+                )
         except Exception as error:
-            raise ValueError(f"{error} (pip install it; W&B: wandb login, or WANDB_MODE=offline)") from None
+            advice = "pip install it; W&B: wandb login, or WANDB_MODE=offline"
+            raise UserError(f"{error} ({advice})") from None
 
-    def __call__(self, text: str, pictures: dict | tuple = (), event: str = "", **values: object) -> None:
+    def take_back(self, start: int) -> None:
+        """Removes the events after iteration `start`, and a last line that a crash has cut."""
+        kept = []
+        if self.file.exists():
+            for line in self.file.read_text(encoding="utf-8").splitlines(keepends=True):
+                with contextlib.suppress(ValueError):
+                    if json.loads(line)["iter"] <= start:
+                        kept.append(line)
+        partial = self.file.with_name("log.jsonl.partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        partial.replace(self.file)
+
+    def __call__(self, text: str) -> None:
+        """A line for people."""
+        if self.quiet:
+            return
         with contextlib.suppress(OSError):  # the terminal may have been closed
             tqdm.write(text)
         with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
-            print(time.strftime("%Y-%m-%d %H:%M:%S"), text, file=file)
-        if not event:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def event(
+        self, kind: str, text: str, it: int, pictures: dict[str, Any] | None = None, **values: Any
+    ) -> None:
+        """A line for people, and an event for programs: `kind` is "train" or "val".
+
+        values: Plain values; floats become curves. pictures: {name: PIL image}.
+        """
+        if self.quiet:
             return
+        self(text)
+        values = finite_or_none(values)
         with open(self.file, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event} | finite(values), allow_nan=False) + "\n")
-        tag = "/".join(filter(None, (event, values.get("dataset"))))
-        scalars = {f"{tag}/{k}": v for k, v in finite(values).items() if type(v) is float}
-        for k, v in scalars.items() if self.board else ():
-            self.board.add_scalar(k, v, values["iter"])
-        for k, v in dict(pictures).items() if self.board else ():
-            self.board.add_image(k, np.atleast_3d(v), values["iter"], dataformats="HWC")
-        self.board and self.board.flush()
+            entry = {"event": kind, "iter": it} | values
+            file.write(json.dumps(entry, allow_nan=False) + "\n")
+
+        prefix = f"{kind}/{values['dataset']}" if "dataset" in values else kind
+        scalars = {f"{prefix}/{k}": v for k, v in values.items() if isinstance(v, float)}
+        pictures = pictures or {}
+        if self.board:
+            for name, value in scalars.items():
+                self.board.add_scalar(name, value, it)
+            for name, picture in pictures.items():
+                self.board.add_image(name, np.atleast_3d(picture), it, dataformats="HWC")
+            self.board.flush()
         if self.run:
-            self.run.log(scalars | {k: self.picture(v) for k, v in dict(pictures).items()}, values["iter"])
-        if event == "val" and values["iter"]:  # weights of another run have no curve
-            self.draw()
+            images = {name: self.wandb.Image(picture) for name, picture in pictures.items()}
+            self.run.log(scalars | images, it)
+        if kind == "val" and it > 0:  # weights of another run have no curve
+            self.draw_curves()
 
-    def draw(self) -> None:
-        with contextlib.suppress(ImportError):
-            figure = importlib.import_module("matplotlib.figure").Figure((12, 3.5), layout="constrained")
-            log = [e for i in self.file.read_text().splitlines() if not (e := json.loads(i)).get("eval_only")]
-            for axis, key in zip(figure.subplots(1, 3), ("loss", "lr", "psnr"), strict=True):
-                points = [
-                    (e.get("dataset", "training"), e["iter"], e[key]) for e in log if e.get(key) is not None
-                ]
-                for name in dict.fromkeys(name for name, *_ in points):
-                    axis.plot(*zip(*(xy for n, *xy in points if n == name), strict=True), ".-", label=name)
-                    axis.legend()
-                axis.set(xlabel="iteration", title={"psnr": "PSNR, dB"}.get(key, key))
-            figure.savefig(self.folder / "curves.png")
-
-
-def read_image(path: str | Path) -> np.ndarray:
-    """(H, W) gray or (H, W, 3) RGB; uint8, or uint16 from 16-bit gray; upright, no alpha. ValueError."""
-    try:
-        with Image.open(path, formats=["PNG", "JPEG", "BMP", "WEBP", "TIFF"]) as image:
-            deep = image.mode[0] == "I"
-            if (";16" in str(image.tile[:1])) > deep or (image.format != "PNG" and image.mode in ("I", "F")):
-                raise ValueError("of 16 bits only gray without alpha is read here: save it with 8")
-            image = ImageOps.exif_transpose(image)
-            mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
-            return np.asarray(image).astype(np.uint16) if deep else np.asarray(image.convert(mode))
-    except Exception as error:  # Pillow raises many types
-        raise ValueError(f"{path}: cannot be read ({error!r})") from error
+    def draw_curves(self) -> None:
+        """curves.png, if matplotlib is installed."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            return
+        events = [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines()]
+        figure = Figure((12, 3.5), layout="constrained")
+        titles = {"loss": "loss", "lr": "lr", "psnr": "PSNR, dB"}
+        for axis, (key, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
+            curves: dict[str, list[tuple[int, float]]] = {}
+            for event in events:
+                if event.get(key) is None or event.get("eval_only"):
+                    continue
+                name = event.get("dataset", "training")
+                curves.setdefault(name, []).append((event["iter"], event[key]))
+            for name, points in curves.items():
+                axis.plot([x for x, _ in points], [y for _, y in points], ".-", label=name)
+            axis.set(xlabel="iteration", title=title)
+            if curves:
+                axis.legend()
+        figure.savefig(self.folder / "curves.png")
 
 
-def _images(folder: Path, template: str = "{}") -> dict[str, Path]:
-    """Images below `folder`: path there, name put into template -> file. A suffix stays where needed."""
-    kinds, found = ".png .jpg .jpeg .bmp .webp .tif .tiff".split(), {}
-    paths = [p.relative_to(folder) for p in sorted(folder.rglob("*")) if p.suffix.lower() in kinds]
-    same = Counter(str(p.with_suffix("")).lower() for p in paths)  # as model.py names its outputs
-    for path in (p for p in paths if "/." not in f"/{p.as_posix()}" and (folder / p).is_file()):
-        name = template.replace("{}", path.name if same[str(path.with_suffix("")).lower()] > 1 else path.stem)
-        found[(path.parent / name).as_posix()] = folder / path
-    return found or sys.exit(f"{folder}: no images in it")
+def finite_or_none(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no nan and no infinity: both become None, which is null there."""
+    finite = {}
+    for key, value in values.items():
+        bad = isinstance(value, float) and not math.isfinite(value)
+        finite[key] = None if bad else value
+    return finite
+
+
+def strip(
+    lq: np.ndarray, out: np.ndarray, gt: np.ndarray, before: float, after: float
+) -> Image.Image:
+    """Input, output and ground truth side by side, with the PSNR before and after.
+
+    The images are (H, W, C) of the same size: their middle 320 pixels are shown. Small images are
+    enlarged by a whole factor, so that the captions fit.
+    """
+    height, width = gt.shape[:2]
+    top, left = max(height - 320, 0) // 2, max(width - 320, 0) // 2
+    panels = []
+    for image in (lq, out, gt):
+        middle = image[top : top + 320, left : left + 320]
+        panels.append((middle // (np.iinfo(image.dtype).max // 255)).astype(np.uint8))
+    row = np.hstack(panels)
+    row = row[..., 0] if row.shape[2] == 1 else row
+    enlargement = max(128 // min(height, width), 1)
+    picture = ImageOps.scale(Image.fromarray(row), enlargement, Image.NEAREST)
+    draw = ImageDraw.Draw(picture)
+    captions = (f"input {before:.2f} dB", f"output {after:.2f} dB", "ground truth")
+    for i, caption in enumerate(captions):
+        place = (4 + i * picture.width // 3, 2)
+        draw.text(place, caption, "white", stroke_width=1, stroke_fill="black")
+    return picture
+
+
+# Command line
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="PSNR, SSIM and PSNR-B of restored images.")
     parser.add_argument("restored", type=Path, help="image, or folder with images in and below it")
-    parser.add_argument("ground_truth", type=Path, help="image, or folder with images of the same names")
+    parser.add_argument(
+        "originals", type=Path, help="image, or folder with images of the same names"
+    )
     parser.add_argument("--crop_border", type=int, default=0, help="pixels left out on each side")
-    parser.add_argument("--y", action="store_true", help="compare the luma of RGB images, as papers on SR do")
-    parser.add_argument("--filename_tmpl", default="{}", help="restored image's name, {} being the true one")
+    parser.add_argument(
+        "--y", action="store_true", help="compare the luma of RGB, as papers on SR do"
+    )
+    parser.add_argument(
+        "--filename_tmpl", default="{}", help="name of the restored image; {} is the original's"
+    )
     args = parser.parse_args()
-    if args.restored.is_dir() != args.ground_truth.is_dir():
-        sys.exit(f"{args.restored} and {args.ground_truth}: give two images or two folders that exist")
-    files, wanted = {args.restored.stem: args.restored}, {args.restored.stem: args.ground_truth}
+    if args.restored.is_dir() != args.originals.is_dir():
+        sys.exit(f"{args.restored} and {args.originals}: give two images or two folders that exist")
     if args.restored.is_dir():
-        files, wanted = _images(args.restored), _images(args.ground_truth, args.filename_tmpl)
-    pairs = [(name, files[name], wanted[name]) for name in wanted if name in files]
-    troubles = [f"{wanted[n]}: no {n} in {args.restored} (filename_tmpl?)" for n in wanted if n not in files]
-    troubles += [f"{files[name]}: no partner in {args.ground_truth}" for name in files if name not in wanted]
-    rows, colours, width = [], set(), max(len(name) for name, *_ in [*pairs, ["mean of 1000"]])
+        restored = images_by_name(args.restored)
+        originals = images_by_name(args.originals, args.filename_tmpl)
+    else:
+        restored = {args.restored.stem: args.restored}
+        originals = {args.restored.stem: args.originals}
+
+    problems = []
+    for name, path in originals.items():
+        if name not in restored:
+            problems.append(f"{path}: no {name} in {args.restored} (filename_tmpl?)")
+    for name, path in restored.items():
+        if name not in originals:
+            problems.append(f"{path}: no partner in {args.originals}")
+    pairs = {name: (restored[name], originals[name]) for name in originals if name in restored}
+    problems += print_table(pairs, args.crop_border, args.y)
+    sys.exit("\n".join(problems) or 0)
+
+
+def print_table(pairs: dict[str, tuple[Path, Path]], crop_border: int, y: bool) -> list[str]:
+    """A line for each pair, and the mean. Returns what went wrong."""
+    width = max(len(name) for name in [*pairs, "mean of 1000"])
     line = f"{{:{width}}}  PSNR {{:8.4f}} dB  SSIM {{:.6f}}  PSNR-B {{:8.4f}} dB"
-    for name, *paths in pairs:
+    rows, colours, problems = [], set(), []
+    for name, (restored, original) in pairs.items():
         try:
-            pair = [read_image(path) for path in paths]
-            pair = [np.dstack([i] * 3) if i.ndim < max(j.ndim for j in pair) else i for i in pair]  # gray
-            rows.append([measure(*pair, args.crop_border, args.y) for measure in (psnr, ssim, psnrb)])
-            colours.add("gray" if pair[0].ndim == 2 else "Y" if args.y else "RGB")
-            print(line.format(name, *rows[-1]), flush=True)
+            a, b = read_alike(restored, original)
+            row = [measure(a, b, crop_border, y) for measure in (psnr, ssim, psnrb)]
         except ValueError as error:
-            troubles.append(f"{name}: {error}")
+            problems.append(f"{name}: {error}")
+            continue
+        rows.append(row)
+        if a.shape[2] == 1:
+            colours.add("gray")
+        else:
+            colours.add("Y" if y else "RGB")
+        print(line.format(name, *row), flush=True)
     if rows:
         mean = line.format(f"mean of {len(rows)}", *np.mean(rows, axis=0))
-        print(f"{mean}  ({' and '.join(sorted(colours))}, border {args.crop_border})", flush=True)
-    sys.exit("\n".join(troubles) or 0)
+        print(f"{mean}  ({' and '.join(sorted(colours))}, border {crop_border})", flush=True)
+    return problems
+
+
+def read_alike(restored: Path, original: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Both images; gray becomes RGB if the other one is in colour."""
+    data = data_module()
+    a, b = data.read_image(restored), data.read_image(original)
+    channels = max(a.shape[2], b.shape[2])
+    return data.to_channels(a, channels), data.to_channels(b, channels)
+
+
+def images_by_name(folder: Path, template: str = "{}") -> dict[str, Path]:
+    """Images below `folder` by their path there, the name put into `template`.
+
+    Where names differ in their suffix alone, the suffix stays, as in model.py's outputs.
+    """
+    paths = [path.relative_to(folder) for path in data_module().list_images(folder)]
+    same = Counter(str(path.with_suffix("")).lower() for path in paths)
+    found = {}
+    for path in paths:
+        unique = same[str(path.with_suffix("")).lower()] == 1
+        name = template.replace("{}", path.stem if unique else path.name)
+        found[(path.parent / name).as_posix()] = folder / path
+    return found
+
+
+def data_module() -> Any:
+    """data.py, which reads the image files of the command line."""
+    try:
+        import data
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "the command needs data.py beside metrics.py: copy it there, too"
+        ) from error
+    return data
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("error: stopped")

@@ -1,11 +1,15 @@
-"""SwinIR (Liang et al. 2021, https://arxiv.org/abs/2108.10257): the network, and everything to use one.
+"""SwinIR (Liang et al. 2021, https://arxiv.org/abs/2108.10257), and everything to use a network.
 
     python model.py net_g_best.pth photos/ restored/   # a file or a folder; see --help
-    output = restore(load("net_g_best.pth"), image)    # (B, C, H, W) float in [0, 1], any size
 
-Arguments, their defaults, state-dict keys, outputs and gradients are the authors', so weights go both ways
-(https://github.com/JingyunLiang/SwinIR, models/network_swinir.py). Shapes: B batch, H W image, C channels,
-L = H*W tokens, h heads, d = C/h, n = L/N windows of w x w = N tokens.
+    net = load("net_g_best.pth")
+    output = restore(net, image)                       # (B, C, H, W) float in [0, 1], any size
+
+Arguments, defaults, state-dict keys, outputs and gradients are those of the authors' network
+(https://github.com/JingyunLiang/SwinIR, models/network_swinir.py), so weights go both ways.
+
+Shapes: B images, C channels of the features, H x W pixels, n windows of N = window * window tokens,
+h heads of d = C / h channels. A token is a pixel of the features.
 """
 
 import argparse
@@ -14,507 +18,1099 @@ import re
 import sys
 import time
 import warnings
-import zlib
 from collections import Counter, OrderedDict
-from functools import lru_cache, partial
-from math import isqrt, prod
+from functools import partial
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 
-@lru_cache(maxsize=4)
-def geometry(H: int, W: int, w: int, shift: int, device: Any = "cpu") -> dict:
-    """[a, b]: (L,) permutation that gathers tokens of order a into order b. Orders: "raster"; 0 and
-    `shift`, by windows of the image rolled so far. "mask", if shifted: (n, N, N), 0, or -200 between tokens
-    that only the roll made neighbours (published: -100, but exp(-100) is denormal: slow). "size": (H, W)."""
-    with torch.inference_mode(False):  # cached, so it must also be fit for training
-        image, grid = torch.arange(H * W, device=device).view(H, W), (H // w, w, W // w, w)
-        order = {s: image.roll((-s, -s), (0, 1)).view(grid).transpose(1, 2).flatten() for s in (0, shift)}
-        order["raster"] = image.flatten()
-        place = {a: index.argsort() for a, index in order.items()}
-        g: dict = {"size": (H, W)} | {(a, b): place[a][order[b]] for a in order for b in order if a != b}
-        if shift:
-            y, x = order[shift].view(-1, w * w) // W, order[shift].view(-1, w * w) % W
-            region = 2 * (y < shift).long() + (x < shift)  # which of the two the roll brought round
-            g["mask"] = (region[:, None, :] != region[:, :, None]) * -200.0
-        return g
+class UserError(ValueError):
+    """A mistake that the user can correct. The message is one sentence that says how."""
 
 
-class Reorder(torch.autograd.Function):
-    """x[:, index] for a permutation: its gradient is a gather by the inverse, much faster than index_add."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return x.index_select(1, index)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad.index_select(1, ctx.saved_tensors[0]), None, None
-
-
-conv3 = partial(nn.Conv2d, kernel_size=3, padding=1)
-normal_ = partial(nn.init.trunc_normal_, std=0.02)
-HEADS = ("", "pixelshuffledirect", "pixelshuffle", "nearest+conv")  # what `upsampler` may be
-BUFFERS = ("attn_mask", "relative_position_index")
-PREFIX = re.compile(r"^((module|_orig_mod)\.)+")  # of DataParallel and torch.compile
-AMD = Path("/proc/cpuinfo").exists() and "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
-shared: dict = {}  # buffers by content, so that a file holds one copy for all blocks
-
-
-def slow_mkl(x: Tensor) -> bool:
-    """Whether PyTorch multiplies x by MKL on an AMD CPU: eager float32."""
-    eager = not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or torch.jit.is_tracing())
-    return AMD and eager and x.dtype == torch.float32 and x.device.type == "cpu"
-
-
-class Linear(nn.Linear):
-    """In place of a slow MKL oneDNN, by a 1x1 convolution: half the time, but none gained without AVX-512."""
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, L, C)
-        if not slow_mkl(x) or torch.backends.cpu.get_cpu_capability() != "AVX512":
-            return super().forward(x)
-        y = F.conv2d(x[:, None].permute(0, 3, 1, 2), self.weight[..., None, None], self.bias)
-        return y.permute(0, 2, 3, 1).squeeze(1)
-
-
-class MatMul(torch.autograd.Function):
-    """a @ b for a slow MKL: what is narrow is computed transposed, in down to a third of the time."""
-
-    product = staticmethod(lambda a, b: a @ b if a.shape[-2] <= b.shape[-1] else (b.mT @ a.mT).mT)
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        ctx.save_for_backward(a, b)
-        return MatMul.product(a, b)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        (a, b), grad = ctx.saved_tensors, grad.contiguous()
-        return MatMul.product(grad, b.mT), MatMul.product(a.mT, grad)
-
-
-class WindowAttention(nn.Module):
-    """Multi-head attention inside windows of N tokens, with a learned bias per relative position and head."""
-
-    def __init__(self, dim, window, heads, qkv_bias, qk_scale, attn_drop, drop) -> None:
-        super().__init__()
-        self.heads, self.window, self.scale = heads, window, qk_scale or (dim // heads) ** -0.5
-        self.relative_position_bias_table = nn.Parameter(normal_(torch.empty((2 * window - 1) ** 2, heads)))
-        row = (torch.arange(window)[:, None] * (2 * window - 1) + torch.arange(window)).flatten()
-        self.register_buffer("relative_position_index", row[:, None] - row + row[-1])  # (N, N), of the table
-        self.qkv, self.proj = Linear(dim, dim * 3, bias=qkv_bias), Linear(dim, dim)
-        self.attn_drop, self.proj_drop = nn.Dropout(attn_drop), nn.Dropout(drop)
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        (B, L, C), N, h = x.shape, self.window**2, self.heads
-        matmul = MatMul.apply if slow_mkl(x) else torch.matmul
-        qkv = self.qkv(x).view(B, -1, N, 3, h, C // h).unbind(3)
-        q, k, v = (i.transpose(2, 3).contiguous() for i in qkv)  # (B, n, h, N, d)
-        bias = F.embedding(self.relative_position_index, self.relative_position_bias_table)  # (N, N, h)
-        attn = matmul(q * self.scale, k.transpose(-2, -1))
-        attn += bias.permute(2, 0, 1).contiguous().to(attn.dtype)  # strided it would be slow to add
-        if mask is not None:
-            attn += mask[:, None].to(attn.dtype)
-        x = matmul(self.attn_drop(attn.softmax(-1)), v)
-        return self.proj_drop(self.proj(x.transpose(2, 3).reshape(B, L, C)))
-
-
-class SwinBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). Tokens stay in window order: only attention cares."""
-
-    def __init__(self, norm_layer, dim, hidden, drop, drop_path, attn, shift, mask) -> None:
-        super().__init__()
-        self.shift, self.whole = shift, drop_path == 0
-        self.register_buffer("attn_mask", mask)  # of the training size, for the official class; unused here
-        self.register_buffer("keep", torch.tensor(1.0 - drop_path), persistent=False)
-        self.norm1, self.attn, self.norm2 = norm_layer(dim), attn, norm_layer(dim)
-        mlp = {"fc1": Linear(dim, hidden), "act": nn.GELU(), "drop1": nn.Dropout(drop)}
-        self.mlp = nn.Sequential(OrderedDict(mlp, fc2=Linear(hidden, dim), drop2=nn.Dropout(drop)))
-
-    def add(self, x: Tensor, branch: Tensor) -> Tensor:
-        """x + branch, with stochastic depth. As a tensor, `keep` lets compiled blocks share code."""
-        if not self.training or self.whole:
-            return x + branch
-        return x.addcmul(branch, (torch.rand(len(x), 1, 1, device=x.device) < self.keep) / self.keep)
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        x = self.add(x, self.attn(self.norm1(x), mask))
-        return self.add(x, self.mlp(self.norm2(x)))
-
-
-class RSTB(nn.Module):
-    """Residual Swin Transformer block: Swin blocks with shifts 0, w/2, 0, w/2..., a convolution, a skip."""
-
-    def __init__(self, blocks: list[SwinBlock], conv: nn.Module, use_checkpoint: bool) -> None:
-        super().__init__()
-        self.residual_group = nn.ModuleDict({"blocks": nn.ModuleList(blocks)})
-        self.conv, self.use_checkpoint = conv, use_checkpoint
-
-    def forward(self, x: Tensor, g: dict) -> Tensor:
-        skip, order = x, "raster"
-        for block in self.residual_group["blocks"]:
-            if order != block.shift:  # the only gather: none inside the blocks
-                x = Reorder.apply(x, g[order, block.shift], g[block.shift, order])
-            order, mask, N = block.shift, g["mask"] if block.shift else None, block.attn.window**2
-            if self.use_checkpoint and self.training:
-                x = checkpoint(block, x, mask, use_reentrant=False)
-            elif torch.is_grad_enabled() or torch.compiler.is_compiling():
-                x = block(x, mask)
-            else:  # some windows at a time: a third of the memory, and quicker as the CPU's cache holds them
-                parts = x.split((4096 if x.device.type == "cpu" else 65536) // N * N, 1)
-                masks = mask.split(parts[0].shape[1] // N) if block.shift else [None] * len(parts)
-                for part, m in zip(parts, masks, strict=True):
-                    part.copy_(block(part, m))
-        x = Reorder.apply(x, g[order, "raster"], g["raster", order]).unflatten(1, g["size"])  # (B, H, W, C)
-        return skip + self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)  # views, no copies
-
-
-def body_conv(dim: int, resi_connection: str) -> nn.Module:
-    if resi_connection == "1conv":
-        return conv3(dim, dim)
-    act, slim = partial(nn.LeakyReLU, 0.2, inplace=True), dim // 4
-    return nn.Sequential(conv3(dim, slim), act(), nn.Conv2d(slim, slim, 1), act(), conv3(slim, dim))
+# The network
 
 
 class SwinIR(nn.Module):
-    """The authors' network. `upsampler`: '' (denoising, JPEG), 'pixelshuffle' (classical SR, upscale 3 or a
-    power of 2 up to 16), 'pixelshuffledirect' (lightweight SR), 'nearest+conv' (real-world SR, upscale 2, 4).
-    `resi_connection`: '1conv', '3conv'. `img_size`, of training, fixes only the mask in the state dict, the
-    size of the position embedding (`ape`), and that windows not smaller aren't shifted. `init_std`: deviation
-    of linear weights at first. forward: (B, in_chans, H, W) in [0, 1], any size, to H*upscale, W*upscale."""
+    """Shallow features (a convolution), deep features (RSTBs), reconstruction.
+
+    Args:
+        img_size: Training size in pixels, a number or (H, W). It sets the shape of the attention
+            masks in the state dict, and of the position embedding if `ape`. Windows are shifted
+            only if both sides are larger than a window.
+        embed_dim: Channels of the features, C.
+        depths, num_heads: Blocks and attention heads of each RSTB.
+        upscale: Output pixels per input pixel, along each side.
+        img_range: The network computes on images in [0, img_range]; input and output are in [0, 1].
+        upsampler: "" (denoising, JPEG artefacts), "pixelshuffle" (classical super-resolution),
+            "pixelshuffledirect" (lightweight), or "nearest+conv" (real-world).
+        resi_connection: "1conv" or "3conv", the convolution at the end of each RSTB.
+        init_std: Standard deviation of the initial weights of linear layers (not in the
+            authors' network, which has 0.02).
+
+    `forward` takes (B, in_chans, H, W) of any size and returns (B, in_chans, H * upscale,
+    W * upscale). Raises UserError for arguments that do not fit together.
+    """
 
     def __init__(
-        self, img_size=64, patch_size=1, in_chans=3, embed_dim=96, depths=(6, 6, 6, 6),
-        num_heads=(6, 6, 6, 6), window_size=7, mlp_ratio=4.0, qkv_bias=True, qk_scale=None, drop_rate=0.0,
-        attn_drop_rate=0.0, drop_path_rate=0.1, norm_layer=nn.LayerNorm, ape=False, patch_norm=True,
-        use_checkpoint=False, upscale=2, img_range=1.0, upsampler="", resi_connection="1conv", init_std=0.02,
-    ) -> None:  # fmt: skip
-        args = {k: v for k, v in locals().items() if k not in ("self", "norm_layer", "init_std", "__class__")}
-        self.arguments = {k: list(v) if isinstance(v, tuple) else v for k, v in args.items()}
+        self,
+        img_size: int | tuple[int, int] = 64,
+        patch_size: int = 1,
+        in_chans: int = 3,
+        embed_dim: int = 96,
+        depths: tuple[int, ...] = (6, 6, 6, 6),
+        num_heads: tuple[int, ...] = (6, 6, 6, 6),
+        window_size: int = 7,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.1,
+        norm_layer: Any = nn.LayerNorm,
+        ape: bool = False,
+        patch_norm: bool = True,
+        use_checkpoint: bool = False,
+        upscale: int = 2,
+        img_range: float = 1.0,
+        upsampler: str = "",
+        resi_connection: str = "1conv",
+        init_std: float = 0.02,
+    ) -> None:
+        arguments = plain_values(locals())
         super().__init__()
-        if len(depths) != len(num_heads) or any(embed_dim % h for h in num_heads):
-            raise ValueError(f"num_heads {num_heads}: one for each of depths {depths}, dividing {embed_dim=}")
-        self.upscale, self.img_range, self.upsampler = upscale, img_range, upsampler or ""
-        known = {"pixelshuffle": (1, 2, 3, 4, 8, 16), "nearest+conv": (2, 4)}.get(self.upsampler, [upscale])
-        if self.upsampler not in HEADS or upscale not in known or resi_connection not in ("1conv", "3conv"):
-            raise ValueError(f"unfit: {upscale=} (it can be {known}), {upsampler=} or {resi_connection=}")
-        mean = (0.4488, 0.4371, 0.4040) if in_chans == 3 else (0.0,)  # DIV2K's mean colour
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
-        H, W = self.ape_size = [n // patch_size for n in np.broadcast_to(img_size, 2).tolist()]
-        self.window_size, self.window = window_size, min(window_size, H, W)
-        self.shift = self.window // 2 if min(H, W) > window_size else 0
-        self.register_load_state_dict_pre_hook(SwinIR.keep_buffers)
-        self.conv_first = conv3(in_chans, embed_dim)
-        self.absolute_pos_embed = nn.Parameter(normal_(torch.empty(1, H * W, embed_dim))) if ape else None
-        self.patch_embed = nn.Sequential(OrderedDict({"norm": norm_layer(embed_dim)} if patch_norm else {}))
-        self.pos_drop = nn.Dropout(drop_rate)
-        rates = iter([drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))])
-        mask = geometry(H, W, self.window, self.shift)["mask"] / 2 if self.shift else None
-        shifts, self.layers = ((0, None), (self.shift, mask)), nn.ModuleList()
-        for n, heads in zip(depths, num_heads, strict=True):
-            attn = (embed_dim, self.window, heads, qkv_bias, qk_scale, attn_drop_rate, drop_rate)
-            swin = (norm_layer, embed_dim, int(embed_dim * mlp_ratio), drop_rate)
-            blocks = [SwinBlock(*swin, next(rates), WindowAttention(*attn), *shifts[i % 2]) for i in range(n)]
-            self.layers.append(RSTB(blocks, body_conv(embed_dim, resi_connection), use_checkpoint))
-        for name, p in self.layers.named_parameters():
-            if re.search(r"(qkv|proj|fc\d)\.(weight|bias)$", name):
-                normal_(p, std=init_std or 1e-9) if p.ndim > 1 else nn.init.zeros_(p)
-        self.norm, self.conv_after_body = norm_layer(embed_dim), body_conv(embed_dim, resi_connection)
-        wide, direct = upsampler in ("pixelshuffle", "nearest+conv"), upsampler == "pixelshuffledirect"
-        dim, c = (64, 64) if wide else (embed_dim, in_chans)  # reconstruction: what a head lacks is empty
-        before = [conv3(embed_dim, dim), nn.LeakyReLU(inplace=True)] if wide else []
-        factors = [3] if upscale == 3 else [2] * (upscale.bit_length() - 1)
-        steps = [upscale] if direct else factors if upsampler == "pixelshuffle" else []
-        shuffles = [m for s in steps for m in (conv3(dim, c * s * s), nn.PixelShuffle(s))]
-        self.conv_before_upsample, self.upsample = nn.Sequential(*before), nn.Sequential(*shuffles)
-        self.ups = ("conv_up1", "conv_up2")[: upscale // 2] if self.upsampler == "nearest+conv" else ()
-        for name in (*self.ups, "conv_hr") if self.ups else ():
-            self.add_module(name, conv3(64, 64))
-        self.conv_last = nn.Identity() if direct else conv3(dim, in_chans)
-        for p in () if self.upsampler else self.conv_last.parameters():
-            nn.init.zeros_(p)  # training begins at the identity: tenths of a dB in short runs
+        check_arguments(embed_dim, depths, num_heads, upscale, upsampler, resi_connection)
+        self.arguments = arguments
+        self.in_chans = in_chans
+        self.factor = upscale
+        self.multiple = window_size
+        self.floats_per_pixel = inference_floats(
+            in_chans, embed_dim, window_size, upscale, upsampler
+        )
+        self.img_range = img_range
+        self.upsampler = upsampler
+        self.register_buffer("mean", mean_colour(in_chans), persistent=False)
 
-    def keep_buffers(self, state_dict: dict, prefix: str, *_: Any) -> None:
-        """On loading: buffers follow from the arguments; files may lack them, or have another img_size's."""
-        for k in [k for k in state_dict if k.endswith(BUFFERS)]:
-            del state_dict[k]
-        state_dict.update({prefix + k: v for k, v in self.state_dict().items() if k.endswith(BUFFERS)})
+        # An image no larger than a window is one window, which is not shifted.
+        height, width = training_size(img_size, patch_size)
+        self.window = min(window_size, height, width)
+        self.shift = self.window // 2 if min(height, width) > window_size else 0
+        mask = training_mask(height, width, self.window, self.shift)
+
+        # 1. Shallow features
+        self.conv_first = conv3x3(in_chans, embed_dim)
+
+        # 2. Deep features
+        self.patch_embed = nn.Sequential(OrderedDict())
+        if patch_norm:
+            self.patch_embed.add_module("norm", norm_layer(embed_dim))
+        self.embedding_size = (height, width)
+        self.absolute_pos_embed = position_embedding(height * width, embed_dim) if ape else None
+        self.pos_drop = nn.Dropout(drop_rate)
+
+        # Stochastic depth: the rate grows linearly from 0 at the first block.
+        total = sum(depths)
+        rates = [drop_path_rate * i / max(total - 1, 1) for i in range(total)]
+        swin_block = partial(
+            SwinBlock,
+            dim=embed_dim,
+            window=self.window,
+            mlp_ratio=mlp_ratio,
+            qkv_bias=qkv_bias,
+            qk_scale=qk_scale,
+            drop=drop_rate,
+            attn_drop=attn_drop_rate,
+            norm_layer=norm_layer,
+        )
+        self.layers = nn.ModuleList()
+        for depth, heads in zip(depths, num_heads, strict=True):
+            blocks = []
+            for i in range(depth):
+                rate = rates.pop(0)
+                if i % 2 == 0:
+                    block = swin_block(heads=heads, shift=0, drop_path=rate, mask=None)
+                else:
+                    block = swin_block(heads=heads, shift=self.shift, drop_path=rate, mask=mask)
+                blocks.append(block)
+            self.layers.append(RSTB(blocks, body_conv(embed_dim, resi_connection), use_checkpoint))
+        self.norm = norm_layer(embed_dim)
+        self.conv_after_body = body_conv(embed_dim, resi_connection)
+
+        # 3. Reconstruction
+        self.make_head(in_chans, embed_dim, upscale, upsampler)
+
+        self.initialize(init_std)
+        self.register_load_state_dict_pre_hook(keep_own_buffers)
+
+    def make_head(self, in_chans: int, embed_dim: int, upscale: int, upsampler: str) -> None:
+        features = 64
+        if upsampler == "pixelshuffle":  # classical super-resolution
+            self.conv_before_upsample = conv_and_activation(embed_dim, features)
+            self.upsample = pixel_shuffle_steps(features, upscale)
+            self.conv_last = conv3x3(features, in_chans)
+        elif upsampler == "pixelshuffledirect":  # lightweight super-resolution, to save parameters
+            conv = conv3x3(embed_dim, upscale**2 * in_chans)
+            self.upsample = nn.Sequential(conv, nn.PixelShuffle(upscale))
+        elif upsampler == "nearest+conv":  # real-world super-resolution, to avoid artefacts
+            self.conv_before_upsample = conv_and_activation(embed_dim, features)
+            self.conv_up1 = conv3x3(features, features)
+            if upscale == 4:
+                self.conv_up2 = conv3x3(features, features)
+            self.conv_hr = conv3x3(features, features)
+            self.conv_last = conv3x3(features, in_chans)
+        else:  # denoising and JPEG artefact removal
+            self.conv_last = conv3x3(embed_dim, in_chans)
+
+    def initialize(self, init_std: float) -> None:
+        for module in self.layers.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=init_std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if self.upsampler == "":
+            # Training starts at the identity, which gains tenths of a dB in short runs.
+            nn.init.zeros_(self.conv_last.weight)
+            nn.init.zeros_(self.conv_last.bias)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, in_chans, H, W)
+        height, width = x.shape[2:]
+        mean = self.mean.to(x.dtype)
+        x = pad_to_multiple(x, self.multiple)
+        x = (x - mean) * self.img_range
+
+        shallow = self.conv_first(x)  # (B, C, H, W)
+        deep = self.conv_after_body(self.forward_features(shallow)) + shallow
+        if self.upsampler == "":
+            y = x + self.conv_last(deep)
+        else:
+            y = self.reconstruct(deep)
+
+        y = y / self.img_range + mean
+        return y[:, :, : height * self.factor, : width * self.factor]
+
+    def forward_features(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
+        H, W = x.shape[2:]
+        x = x.permute(0, 2, 3, 1)  # (B, H, W, C)
+        # What many small branches are added to stays in float32, also with autocast.
+        x = x.to(self.conv_first.weight.dtype)
+        x = self.patch_embed(x)
+        if self.absolute_pos_embed is not None:
+            x = x + self.embedding_at(H, W)
+        x = self.pos_drop(x)
+        regions = None
+        if self.shift:
+            regions = window_regions(H, W, self.window, self.shift, x.device)  # (n, N)
+        for layer in self.layers:
+            x = layer(x, regions)
+        return self.norm(x).permute(0, 3, 1, 2)
+
+    def embedding_at(self, H: int, W: int) -> Tensor:  # (1, H, W, C)
+        """The learned embedding, resized if the image is not of the training size."""
+        embedding = self.absolute_pos_embed.unflatten(1, self.embedding_size).permute(0, 3, 1, 2)
+        return F.interpolate(embedding, (H, W), mode="bicubic").permute(0, 2, 3, 1)
+
+    def reconstruct(self, y: Tensor) -> Tensor:  # (B, C, H, W) -> (B, in_chans, H * upscale, ...)
+        if self.upsampler == "pixelshuffle":
+            return self.conv_last(self.upsample(self.conv_before_upsample(y)))
+        if self.upsampler == "pixelshuffledirect":
+            return self.upsample(y)
+        y = self.conv_before_upsample(y)
+        y = F.leaky_relu(self.conv_up1(F.interpolate(y, scale_factor=2)), 0.2)
+        if self.factor == 4:
+            y = F.leaky_relu(self.conv_up2(F.interpolate(y, scale_factor=2)), 0.2)
+        return self.conv_last(F.leaky_relu(self.conv_hr(y), 0.2))
+
+
+class RSTB(nn.Module):
+    """Residual Swin Transformer block: Swin blocks, a convolution, and a skip connection.
+    Every second block has shifted windows."""
+
+    def __init__(self, blocks: list["SwinBlock"], conv: nn.Module, use_checkpoint: bool) -> None:
+        super().__init__()
+        self.residual_group = nn.ModuleDict({"blocks": nn.ModuleList(blocks)})
+        self.conv = conv
+        self.use_checkpoint = use_checkpoint
+
+    def forward(self, x: Tensor, regions: Tensor | None) -> Tensor:  # (B, H, W, C)
+        skip = x
+        for block in self.residual_group["blocks"]:
+            if self.use_checkpoint and self.training:
+                x = checkpoint(block, x, regions, use_reentrant=False)
+            else:
+                x = block(x, regions)
+        x = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return skip + x
+
+
+class SwinBlock(nn.Module):
+    """Attention inside windows, then an MLP on each token, both with a norm and a skip connection.
+
+    All of it works on each window alone, so the windows are cut out once, at the beginning. With a
+    shift, the image is rolled first, so that these windows straddle the borders of the others.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        window: int,
+        shift: int,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        qk_scale: float | None,
+        drop: float,
+        attn_drop: float,
+        drop_path: float,
+        norm_layer: Any,
+        mask: Tensor | None,  # for the state dict
+    ) -> None:
+        super().__init__()
+        self.window = window
+        self.shift = shift
+        self.register_buffer("attn_mask", mask)
+        self.norm1 = norm_layer(dim)
+        self.attn = WindowAttention(dim, window, heads, qkv_bias, qk_scale, attn_drop, drop)
+        self.add = StochasticDepth(drop_path)
+        self.norm2 = norm_layer(dim)
+        self.mlp = MLP(dim, int(dim * mlp_ratio), drop)
+
+    def forward(self, x: Tensor, regions: Tensor | None) -> Tensor:  # (B, H, W, C)
+        H, W = x.shape[1:3]
+        if self.shift:
+            x = x.roll((-self.shift, -self.shift), (1, 2))
+        else:
+            regions = None
+        windows = window_partition(x, self.window)  # (B, n, N, C)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            windows = self.transform(windows, regions)
+        else:
+            self.transform_in_parts(windows, regions)
+        x = window_reverse(windows, self.window, H, W)  # (B, H, W, C)
+        if self.shift:
+            x = x.roll((self.shift, self.shift), (1, 2))
+        return x
+
+    def transform(self, x: Tensor, regions: Tensor | None) -> Tensor:  # (B, n, N, C)
+        x = self.add(x, self.attn(self.norm1(x), regions))
+        return self.add(x, self.mlp(self.norm2(x)))
+
+    def transform_in_parts(self, x: Tensor, regions: Tensor | None) -> None:
+        """`transform`, over its input, some windows at a time: without gradients this
+        needs a third of the memory, and on a CPU it is quicker, as parts fit into its cache."""
+        tokens = 4096 if x.device.type == "cpu" else 65536
+        step = max(tokens // self.window**2, 1)
+        for start in range(0, x.shape[1], step):
+            part = slice(start, start + step)
+            inside = None if regions is None else regions[part]
+            x[:, part] = self.transform(x[:, part], inside)
+
+
+class WindowAttention(nn.Module):
+    """Multi-head self-attention inside windows, with a learned bias for each relative position."""
+
+    def __init__(
+        self,
+        dim: int,
+        window: int,
+        heads: int,
+        qkv_bias: bool,
+        qk_scale: float | None,
+        attn_drop: float,
+        proj_drop: float,
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.scale = qk_scale or (dim // heads) ** -0.5
+        table = torch.empty((2 * window - 1) ** 2, heads)
+        self.relative_position_bias_table = nn.Parameter(table)
+        self.register_buffer("relative_position_index", relative_position_index(window))
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
+        self.attn_drop = attn_drop
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        nn.init.trunc_normal_(table, std=0.02)
+
+    def forward(self, x: Tensor, regions: Tensor | None) -> Tensor:  # (B, n, N, C)
+        B, n, N, C = x.shape
+        d = C // self.heads
+        qkv = self.qkv(x).view(B, n, N, 3, self.heads, d)
+        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).unbind(0)  # each (B, n, h, N, d)
+        # Zeros up to a multiple of 4 channels: matrix products are up to twice as fast on a CPU.
+        # SwinIR-M has d = 30, SwinIR-S 10.
+        q, k, v = (F.pad(t, (0, -d % 4)) for t in (q * self.scale, k, v))
+        dropout = self.attn_drop if self.training else 0.0
+        x = window_attention(q, k, v, self.bias(), regions, dropout)
+        x = x[..., :d].transpose(2, 3).reshape(B, n, N, C)
+        return self.proj_drop(self.proj(x))
+
+    def bias(self) -> Tensor:  # (h, N, N)
+        # F.embedding has a quicker gradient than indexing.
+        bias = F.embedding(self.relative_position_index, self.relative_position_bias_table)
+        return bias.permute(2, 0, 1).contiguous()
+
+
+def window_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, regions: Tensor | None, dropout: float = 0.0
+) -> Tensor:
+    """softmax(q k^T + bias) v inside each window: the place for a faster kernel.
+
+    Args:
+        q, k, v: (B, n, h, N, d); q is scaled already.
+        bias: (h, N, N).
+        regions: (n, N) uint8 or None. Tokens of a window attend to each other only if they have
+            the same number. See `window_regions`.
+
+    Returns: (B, n, h, N, d).
+    """
+    scores = q @ k.transpose(-2, -1)  # (B, n, h, N, N)
+    scores += bias.to(scores.dtype)
+    if regions is not None:
+        apart = regions[:, :, None] != regions[:, None, :]  # (n, N, N)
+        # Added, because masked_fill takes ten times as long on a CPU. The authors add -100, but
+        # exp(-100) is a denormal number, with which CPUs are slow; exp(-200) is 0.
+        scores += apart[:, None] * torch.tensor(-200.0, dtype=scores.dtype)
+    weights = scores.softmax(-1)
+    if dropout > 0:
+        weights = F.dropout(weights, dropout)
+    return weights @ v
+
+
+class MLP(nn.Module):
+    def __init__(self, dim: int, hidden: int, drop: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, dim)
+        self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        (H, W), mean = x.shape[2:], self.mean.to(x.dtype)
-        for dim, n in (2, H), (3, W):  # reflected up to whole windows, smaller images more than once
-            if n % self.window_size:
-                i = torch.arange(n + -n % self.window_size, device=x.device) % max(2 * n - 2, 1)
-                x = x.index_select(dim, torch.minimum(i, (2 * n - 2 - i).abs()))
-        x = (x - mean) * self.img_range
-        first = self.conv_first(x)
-        g = geometry(*first.shape[2:], self.window, self.shift, x.device)
-        y = first.to(self.conv_first.weight.dtype)  # the residual stream: float32 even with autocast
-        y = self.patch_embed(y.permute(0, 2, 3, 1).flatten(1, 2))  # (B, L, C)
-        if self.absolute_pos_embed is not None:
-            ape = self.absolute_pos_embed.unflatten(1, self.ape_size).permute(0, 3, 1, 2)
-            y = y + F.interpolate(ape, g["size"], mode="bicubic").permute(0, 2, 3, 1).flatten(1, 2)
-        y = self.pos_drop(y)
-        for layer in self.layers:
-            y = layer(y, g)
-        y = self.norm(y).unflatten(1, g["size"]).permute(0, 3, 1, 2)
-        y = self.upsample(self.conv_before_upsample(self.conv_after_body(y) + first))
-        for name in self.ups:
-            y = F.leaky_relu(getattr(self, name)(F.interpolate(y, scale_factor=2)), 0.2)
-        y = self.conv_last(F.leaky_relu(self.conv_hr(y), 0.2) if self.ups else y)
-        y = (y if self.upsampler else x + y) / self.img_range + mean
-        return y[:, :, : H * self.upscale, : W * self.upscale]
+        x = self.drop(self.act(self.fc1(x)))
+        return self.drop(self.fc2(x))
 
 
-def portable(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A copy to save: contiguous CPU tensors under plain keys, the buffers in int8 and int16, and shared.
-    Strict loading works in the official class, BasicSR's and spandrel's: they copy into their own buffers."""
-    out = {PREFIX.sub("", k): v.detach().to("cpu", copy=True).contiguous() for k, v in state_dict.items()}
-    for k in (k for k in out if k.endswith(BUFFERS)):
-        v = out[k].to(torch.int8 if k.endswith("mask") else torch.int16)
-        out[k] = shared.setdefault((v.shape, v.numpy().tobytes()), v)
-    return out
+class StochasticDepth(nn.Module):
+    """x + branch, where the branch of a whole sample is dropped with probability `rate`."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.never = rate == 0
+        # A tensor, not a number: compiled blocks of different rates share their code.
+        self.register_buffer("keep", torch.tensor(1.0 - rate), persistent=False)
+
+    def forward(self, x: Tensor, branch: Tensor) -> Tensor:  # (B, n, N, C)
+        if self.never or not self.training:
+            return x + branch
+        kept = torch.rand(x.shape[0], 1, 1, 1, device=x.device) < self.keep
+        return x.addcmul(branch, (kept / self.keep).to(x.dtype))
 
 
-def read_weights(path: str | Path, param_key: str) -> tuple[dict[str, Tensor], dict]:
-    """(state dict, arguments or {}) of any checkpoint, unwrapped. Runs no code of the file; ValueError."""
+# Windows
+
+
+def window_partition(x: Tensor, window: int) -> Tensor:  # (B, H, W, C) -> (B, n, N, C)
+    B, H, W, C = x.shape
+    x = x.view(B, H // window, window, W // window, window, C)
+    return x.transpose(2, 3).reshape(B, -1, window * window, C)
+
+
+def window_reverse(windows: Tensor, window: int, H: int, W: int) -> Tensor:  # -> (B, H, W, C)
+    B, _, _, C = windows.shape
+    x = windows.view(B, H // window, W // window, window, window, C)
+    return x.transpose(2, 3).reshape(B, H, W, C)
+
+
+def window_regions(H: int, W: int, window: int, shift: int, device: Any = "cpu") -> Tensor:
+    """(n, N) uint8: which tokens of a window are neighbours in the image.
+
+    Rolling the image brings its first rows and columns next to its last ones. Tokens that only
+    the roll made neighbours have different numbers.
+    """
+    rows = torch.arange(H, device=device) >= H - shift
+    columns = torch.arange(W, device=device) >= W - shift
+    regions = 2 * rows[:, None].to(torch.uint8) + columns.to(torch.uint8)  # (H, W)
+    return window_partition(regions[None, :, :, None], window)[0, :, :, 0]
+
+
+def training_mask(H: int, W: int, window: int, shift: int) -> Tensor | None:  # (n, N, N)
+    """The authors' form of `window_regions`, for the training size. It is part of the state dict,
+    and not used here."""
+    if shift == 0:
+        return None
+    regions = window_regions(H, W, window, shift)
+    apart = regions[:, :, None] != regions[:, None, :]
+    return torch.where(apart, -100.0, 0.0)
+
+
+def relative_position_index(window: int) -> Tensor:  # (N, N)
+    """Row of the bias table for each pair of tokens, by the difference of their positions."""
+    row, column = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
+    row, column = row.flatten(), column.flatten()
+    rows = row[:, None] - row + window - 1  # 0 ... 2 * window - 2
+    columns = column[:, None] - column + window - 1
+    return rows * (2 * window - 1) + columns
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Pads right and below by reflection. Small images are reflected more than once."""
+    for dim in (2, 3):
+        size = x.shape[dim]
+        if size % multiple == 0:
+            continue
+        padded = size + -size % multiple
+        period = max(2 * size - 2, 1)  # of an image that is reflected to and fro
+        index = torch.arange(padded, device=x.device) % period
+        x = x.index_select(dim, torch.minimum(index, (period - index).abs()))
+    return x
+
+
+# Layers
+
+
+def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 3, padding=1)
+
+
+def conv_and_activation(in_channels: int, out_channels: int) -> nn.Sequential:
+    return nn.Sequential(conv3x3(in_channels, out_channels), nn.LeakyReLU(inplace=True))
+
+
+def pixel_shuffle_steps(channels: int, upscale: int) -> nn.Sequential:
+    """x3 in one step, 2^k in k steps of x2."""
+    factors = [3] if upscale == 3 else [2] * (upscale.bit_length() - 1)
+    steps = []
+    for factor in factors:
+        steps += [conv3x3(channels, channels * factor**2), nn.PixelShuffle(factor)]
+    return nn.Sequential(*steps)
+
+
+def body_conv(dim: int, resi_connection: str) -> nn.Module:
+    """The convolution at the end of an RSTB; "3conv" has a bottleneck to save parameters."""
+    if resi_connection == "1conv":
+        return conv3x3(dim, dim)
+    slim = dim // 4
+    return nn.Sequential(
+        conv3x3(dim, slim),
+        nn.LeakyReLU(0.2, inplace=True),
+        nn.Conv2d(slim, slim, 1),
+        nn.LeakyReLU(0.2, inplace=True),
+        conv3x3(slim, dim),
+    )
+
+
+def position_embedding(tokens: int, dim: int) -> nn.Parameter:
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, tokens, dim), std=0.02))
+
+
+# Arguments and buffers
+
+UPSCALES = {  # by upsampler; None: any
+    "": None,
+    "pixelshuffle": (1, 2, 3, 4, 8, 16),
+    "pixelshuffledirect": None,
+    "nearest+conv": (2, 4),
+}
+
+
+def check_arguments(
+    embed_dim: int, depths: Any, num_heads: Any, upscale: int, upsampler: str, resi_connection: str
+) -> None:
+    if len(depths) != len(num_heads):
+        raise UserError(f"depths {depths} and num_heads {num_heads} must be of the same length")
+    for heads in num_heads:
+        if embed_dim % heads:
+            raise UserError(f"num_heads {num_heads}: each must divide embed_dim={embed_dim}")
+    if upsampler not in UPSCALES:
+        raise UserError(
+            f"upsampler {upsampler!r} is unknown; there are {', '.join(map(repr, UPSCALES))}"
+        )
+    possible = UPSCALES[upsampler]
+    if possible and upscale not in possible:
+        raise UserError(
+            f"upscale={upscale} is not possible with upsampler={upsampler!r}: take {possible}"
+        )
+    if resi_connection not in ("1conv", "3conv"):
+        raise UserError(f"resi_connection must be '1conv' or '3conv', not {resi_connection!r}")
+
+
+def mean_colour(in_chans: int) -> Tensor:  # (1, in_chans, 1, 1)
+    """DIV2K's, which is subtracted from the input. Gray images have no mean."""
+    mean = [0.4488, 0.4371, 0.4040] if in_chans == 3 else [0.0] * in_chans
+    return torch.tensor(mean).view(1, -1, 1, 1)
+
+
+def plain_values(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those to save: with lists for tuples, so that checkpoints and JSON files hold the same."""
+    plain = {}
+    for name, value in arguments.items():
+        if name not in ("self", "__class__", "norm_layer", "init_std"):
+            plain[name] = list(value) if isinstance(value, tuple) else value
+    return plain
+
+
+def training_size(img_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
+    if isinstance(img_size, int):
+        img_size = (img_size, img_size)
+    height, width = img_size
+    return height // patch_size, width // patch_size
+
+
+def inference_floats(
+    in_chans: int, embed_dim: int, window_size: int, upscale: int, upsampler: str
+) -> int:
+    """How many floats an inference holds per input pixel, as measured with tests/bench.py."""
+    head = 2 * in_chans  # channels at the size of the output
+    if upsampler in ("pixelshuffle", "nearest+conv"):
+        head = 3 * 64
+    return 5 * embed_dim + 4 * window_size**2 + 64 + head * upscale**2
+
+
+BUFFERS = ("attn_mask", "relative_position_index")
+
+
+def keep_own_buffers(net: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Buffers follow from the arguments: a file may lack them, or have another img_size's."""
+    for key in list(state_dict):
+        if key.endswith(BUFFERS):
+            del state_dict[key]
+    for key, value in net.state_dict().items():
+        if key.endswith(BUFFERS):
+            state_dict[prefix + key] = value
+
+
+# Networks by name
+
+# What train.py, `load` and `restore` ask of a network:
+#   arguments         dict of plain values: NETWORKS[name](**arguments) makes it again, in any file
+#   in_chans          channels of its input and output
+#   factor            output pixels per input pixel, along each side
+#   multiple          tiles of `restore` begin at multiples of this number of input pixels
+#   floats_per_pixel  floats that an inference holds per input pixel: `restore` chooses tiles by it
+#   layers            optional: modules that are alike, for torch.compile to compile once for all
+#   forward           (B, in_chans, H, W) of any size, in [0, 1], to (B, in_chans, H * factor, ...)
+# train.py passes those of its options NETWORK_OPTIONS that the constructor takes.
+NETWORKS = {"swinir": SwinIR}
+
+
+# Checkpoints
+
+# Prefixes that wrappers (DataParallel, torch.compile) put before the keys
+PREFIX = re.compile(r"^((module|_orig_mod)\.)+")
+
+
+def load(path: str | Path, param_key: str = "params_ema", device: Any = "cpu") -> nn.Module:
+    """The network in a checkpoint of ours, the authors, BasicSR or KAIR, in eval mode.
+
+    Arguments that the tensors' shapes do not tell are the file's own, or else the usual ones.
+    Raises UserError, with the path, if the file holds no network that is known here.
+    """
+    weights, file = read_weights(path, param_key)
+    name = file.get("network", "swinir")
+    stated = file.get("arguments", {})
     try:
-        file = torch.load(Path(path).expanduser(), map_location="cpu", weights_only=True)
-        others = "params-ema params state_dict model_state_dict".split() if param_key == "params_ema" else []
-        weights = next((file[k] for k in [param_key, *others] if isinstance(file.get(k), dict)), file)
-        weights = {PREFIX.sub("", k): v for k, v in weights.items() if isinstance(v, Tensor)}
-        return weights, dict(file.get("arguments", {}))
-    except Exception as e:  # unpickling a damaged file raises anything
-        why = "refused: it is no checkpoint, or damaged, or holds more than tensors and plain values"
-        raise ValueError(f"{path}: {getattr(e, 'strerror', '') or why}") from e
-
-
-def load(path: str | Path, param_key: str = "params_ema", device: Any = "cpu") -> SwinIR:
-    """The network in a file (ours, official, BasicSR, KAIR), in eval mode; ValueError says what is wrong.
-    Arguments that don't show in the tensors' shapes are the file's own, or else the usual ones."""
-    weights, stated = read_weights(path, param_key)
-    try:
-        dim, chans = weights["conv_first.weight"].shape[:2]
-        layers = Counter(re.findall(r"^layers\.(\d+)\..*\.norm1\.weight$", "\n".join(weights), re.M))
-        block = "layers.{}.residual_group.blocks.{}."
-        tables = [weights[block.format(i, 0) + "attn.relative_position_bias_table"].shape for i in layers]
-        w, hidden = (isqrt(tables[0][0]) + 1) // 2, len(weights[block.format(0, 0) + "mlp.fc1.bias"])
-        shuffled = 64 if "conv_last.weight" in weights else chans
-        shuffles = [isqrt(len(v) // shuffled) for k, v in weights.items() if re.match(r"upsample.*weight", k)]
-        ups, ape = len({"conv_up1.weight", "conv_up2.weight"} & set(weights)), "absolute_pos_embed" in weights
-        certain = {
-            "in_chans": chans, "embed_dim": dim, "depths": list(layers.values()), "ape": ape,
-            "num_heads": [t[1] for t in tables], "qkv_bias": block.format(0, 0) + "attn.qkv.bias" in weights,
-            "patch_norm": "patch_embed.norm.weight" in weights, "upscale": 2**ups * prod(shuffles),
-            "upsampler": HEADS[3 if ups else bool(shuffles) + ("conv_before_upsample.0.weight" in weights)],
-            "resi_connection": "1conv" if "conv_after_body.weight" in weights else "3conv",
-        }  # fmt: skip
-        n = len(weights.get(block.format(0, 1) + "attn_mask", range((64 // w) ** 2)))
-        size = isqrt(weights["absolute_pos_embed"].shape[1]) if ape else isqrt(n) * w
-        ratio = hidden / dim if int(hidden / dim * dim) == hidden else (hidden + 0.5) / dim
-        base = {"img_size": size, "window_size": w, "mlp_ratio": ratio, "img_range": 255.0 if w == 7 else 1.0}
-        net = SwinIR(**base | stated | certain)  # img_range: spandrel's convention, after the JPEG networks
+        if name == "swinir":
+            stated = swinir_arguments(weights, stated)
+        net = NETWORKS[name](**stated)
         net.load_state_dict(weights)
-    except (RuntimeError, LookupError, TypeError, ValueError, ArithmeticError) as e:
-        raise ValueError(f"{path}: holds no SwinIR known here: {' '.join(str(e).split())[:300]}") from e
+    except (RuntimeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{path}: holds no network known here ({', '.join(NETWORKS)}): {reason}"
+        ) from error
     return net.to(device).eval()
 
 
-def load_weights(net: SwinIR, path: str | Path, param_key: str = "params_ema", strict: bool = True) -> str:
-    """Copies a file's tensors into `net`; says how many were taken, and which were left (strict=False only).
-    Those are left that are missing or of another shape. ValueError: none taken, or strict and some left."""
-    (weights, stated), own = read_weights(path, param_key), dict(net.named_parameters())
-    taken = {k: v for k, v in weights.items() if k in own and v.shape == own[k].shape}
-    left = [k for k in own | weights if k not in taken and not k.endswith(BUFFERS)]
-    names = ", ".join(left[:5]) + f" and {len(left) - 5} more" * (len(left) > 5)
-    other = "".join(f"; its {k} is {v!r}" for k, v in stated.items() if v != net.arguments.get(k))
+def load_weights(
+    net: nn.Module, path: str | Path, param_key: str = "params_ema", strict: bool = True
+) -> str:
+    """Copies a file's tensors into `net` and returns a sentence that says what was taken.
+
+    Tensors that are missing, or of another shape, are left out: with `strict` this is a UserError,
+    as is a file none of whose tensors fits.
+    """
+    weights, file = read_weights(path, param_key)
+    own = dict(net.named_parameters())
+    taken = {}
+    for key, value in weights.items():
+        if key in own and value.shape == own[key].shape:
+            taken[key] = value
+    left = [key for key in own | weights if key not in taken and not key.endswith(BUFFERS)]
+    names = ", ".join(left[:5])
+    if len(left) > 5:
+        names += f" and {len(left) - 5} more"
+    differences = ""
+    for key, value in file.get("arguments", {}).items():
+        if value != net.arguments.get(key):
+            differences += f"; its {key} is {value!r}"
+
     if not taken or (strict and left):
-        raise ValueError(f"{path}: unfit: {names}; strict_load=False takes {len(taken)} of {len(own)}{other}")
+        advice = f"strict_load=False takes {len(taken)} of {len(own)}"
+        raise UserError(f"{path}: unfit: {names}; {advice}{differences}")
     net.load_state_dict(taken, strict=False)
-    return f"{path}: {len(taken)} of {len(own)} tensors taken" + f"; left: {names}" * bool(left) + other
+    sentence = f"{path}: {len(taken)} of {len(own)} tensors taken"
+    if left:
+        sentence += f"; left: {names}"
+    return sentence + differences
 
 
-def tiled(f: Any, x: Tensor, dim: int, size: int, lap: int, s: int) -> Tensor:
-    """f(x), s times as large, in pieces along `dim`; each fades in, steeply but never from 0, over `lap`."""
-    t = (torch.arange(lap * s, device=x.device, dtype=x.dtype) + 0.5) / (lap * s)
-    fade = (t**8 / (t**8 + (1 - t) ** 8)).view(-1, *[1] * (3 - dim))
-    out = x.new_empty(*x.shape[:2], x.shape[2] * s, x.shape[3] * s)
-    steps, unit = range(0, max(x.shape[dim] - lap, 1), size - lap), "row" if dim == 2 else "tile"
-    for start in tqdm(steps, unit=unit, leave=False, delay=3, disable=len(steps) < 2 or None):
-        part = f(x.narrow(dim, start, min(size, x.shape[dim] - start)))
-        if start > 0:
-            head = part.narrow(dim, 0, lap * s)
-            head.copy_(out.narrow(dim, start * s, lap * s).lerp(head, fade))
-        out.narrow(dim, start * s, part.shape[dim]).copy_(part)
-    return out
+def read_weights(path: str | Path, param_key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(state dict without prefixes, the whole file). Runs no code of the file. Raises UserError."""
+    try:
+        file = torch.load(Path(path).expanduser(), map_location="cpu", weights_only=True)
+        content = unwrap(file, param_key)
+        weights = {PREFIX.sub("", k): v for k, v in content.items() if isinstance(v, Tensor)}
+        file = dict(file)
+        file["arguments"] = dict(file.get("arguments", {}))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+    except Exception as error:  # unpickling a damaged file raises anything
+        reason = "it is no checkpoint, or damaged, or holds more than tensors and plain values"
+        raise UserError(f"{path}: refused: {reason}") from error
+    return weights, file
+
+
+def unwrap(file: dict[str, Any], param_key: str) -> dict[str, Any]:
+    """The state dict in a file: under `param_key`, or a usual name of it, or the file itself."""
+    keys = [param_key]
+    if param_key == "params_ema":
+        keys += ["params-ema", "params", "state_dict", "model_state_dict"]
+    for key in keys:
+        if isinstance(file.get(key), dict):
+            return file[key]
+    return file
+
+
+def swinir_arguments(weights: dict[str, Tensor], stated: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of SwinIR: by the tensors' shapes where these tell, else as `stated`."""
+    embed_dim, in_chans = weights["conv_first.weight"].shape[:2]
+    block = "layers.{}.residual_group.blocks.{}."
+    depths, num_heads = [], []
+    while block.format(len(depths), 0) + "norm1.weight" in weights:
+        layer, depth = len(depths), 1
+        while block.format(layer, depth) + "norm1.weight" in weights:
+            depth += 1
+        depths.append(depth)
+        table = weights[block.format(layer, 0) + "attn.relative_position_bias_table"]
+        num_heads.append(table.shape[1])
+    first = block.format(0, 0)
+    entries = weights[first + "attn.relative_position_bias_table"].shape[0]  # (2 * window - 1)^2
+    window = (isqrt(entries) + 1) // 2
+
+    # The training size shows in the position embedding or in a shifted block's mask.
+    ape = "absolute_pos_embed" in weights
+    img_size = 64 // window * window
+    mask = block.format(0, 1) + "attn_mask"
+    if ape:
+        img_size = isqrt(weights["absolute_pos_embed"].shape[1])
+    elif mask in weights:
+        img_size = isqrt(weights[mask].shape[0]) * window
+
+    hidden = len(weights[first + "mlp.fc1.bias"])
+    mlp_ratio = hidden / embed_dim
+    if int(embed_dim * mlp_ratio) != hidden:  # it was rounded down
+        mlp_ratio = (hidden + 0.5) / embed_dim
+
+    upsampler = upsampler_of(weights)
+    usual = {
+        "img_size": img_size,
+        "window_size": window,
+        "mlp_ratio": mlp_ratio,
+        "img_range": 255.0 if window == 7 else 1.0,  # only the authors' JPEG networks have 7
+    }
+    certain = {
+        "in_chans": in_chans,
+        "embed_dim": embed_dim,
+        "depths": depths,
+        "num_heads": num_heads,
+        "ape": ape,
+        "patch_norm": "patch_embed.norm.weight" in weights,
+        "qkv_bias": first + "attn.qkv.bias" in weights,
+        "upsampler": upsampler,
+        "upscale": upscale_of(weights, upsampler, in_chans),
+        "resi_connection": "1conv" if "conv_after_body.weight" in weights else "3conv",
+    }
+    return usual | stated | certain
+
+
+def upsampler_of(weights: dict[str, Tensor]) -> str:
+    if "conv_up1.weight" in weights:
+        return "nearest+conv"
+    if "conv_before_upsample.0.weight" in weights:
+        return "pixelshuffle"
+    if "upsample.0.weight" in weights:
+        return "pixelshuffledirect"
+    return ""
+
+
+def upscale_of(weights: dict[str, Tensor], upsampler: str, in_chans: int) -> int:
+    if upsampler == "nearest+conv":
+        return 4 if "conv_up2.weight" in weights else 2
+    if upsampler == "pixelshuffledirect":
+        return isqrt(len(weights["upsample.0.weight"]) // in_chans)
+    upscale = 1
+    for key, value in weights.items():
+        if re.fullmatch(r"upsample\.\d+\.weight", key):
+            upscale *= isqrt(len(value) // 64)
+    return upscale
+
+
+def portable(
+    state_dict: dict[str, Tensor], shared: dict[Any, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """A copy to save: contiguous CPU tensors under plain keys.
+
+    It loads with strict=True in the official class, BasicSR's and spandrel's. The buffers are the
+    same in all blocks: the file holds each once, in types that spandrel's loader accepts. `shared`
+    is a dict to give for all state dicts of a file, which then share them.
+    """
+    copies = {}
+    shared = {} if shared is None else shared
+    for key, value in state_dict.items():
+        copy = value.detach().to("cpu", copy=True).contiguous()
+        if key.endswith("attn_mask"):
+            copy = copy.to(torch.float16)
+        elif key.endswith("relative_position_index"):
+            copy = copy.to(torch.int32)
+        if key.endswith(BUFFERS):
+            copy = shared.setdefault((copy.shape, copy.numpy().tobytes()), copy)
+        copies[PREFIX.sub("", key)] = copy
+    return copies
+
+
+# Restoring images
 
 
 @torch.no_grad()
-def restore(net: SwinIR, image: Tensor, tile: int | None = None, overlap=32, ensemble=False) -> Tensor:
-    """The network's output for a float image (B, C, H, W) in [0, 1] of any size, on the image's device.
-    tile, overlap: input pixels. Tiles stand on the window grid, at most two overlapping; without `tile`, and
-    where it is too large for the memory, they are as large as fits. ensemble: mean of the 8 symmetries."""
-    if image.shape[1:2] != net.mean.shape[1:2] or not image.is_floating_point():
-        raise ValueError(f"give (B, {len(net.mean[0])}, H, W) floats, not {image.dtype} {[*image.shape]}")
-    (B, C, H, W), cuda = image.shape, net.mean.is_cuda
-    device, w, s = net.mean.device, net.window_size, net.upscale if net.upsampler else 1
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) if cuda else 0
-    free = 0.7 * (torch.cuda.mem_get_info(device)[0] + cached) if cuda else 1.2e9  # bytes
-    head = 3 * 64 if len(net.conv_before_upsample) else 2 * C  # channels at the output's size
-    floats = B * (4 * net.arguments["embed_dim"] + 4 * w * w + 64 + head * s * s)  # per input pixel, measured
-    limit = max(H, W) if H * W * floats * 4 <= free else isqrt(int(free / 4 / floats))
-    size = max(min(tile if (tile or 0) > 0 else limit, limit) + w - 1, w) // w * w
-    lap = max(min(overlap, size // 2), 0) // w * w
+def restore(
+    net: nn.Module,
+    image: Tensor,
+    tile: int | None = None,
+    overlap: int = 32,
+    ensemble: bool = False,
+) -> Tensor:
+    """The network's output for an image of any size, in overlapping tiles if it is large.
 
-    def f(x: Tensor) -> Tensor:
-        xs = ((x.flip(3) if k > 3 else x).rot90(k, (2, 3)) for k in range(8 if ensemble else 1))
-        ys = [net(x.to(device)).rot90(-k, (2, 3)) for k, x in enumerate(xs)]
-        return torch.stack([y.flip(3) if k > 3 else y for k, y in enumerate(ys)]).mean(0).to(image)
+    Args:
+        image: (B, C, H, W), float, in [0, 1], on any device.
+        tile: Side of the tiles in input pixels. None, and what is too large: as memory allows.
+        overlap: Input pixels that neighbouring tiles share; they are blended there.
+        ensemble: Mean of the outputs for the eight symmetries: eight times as slow.
 
-    try:
-        return tiled(lambda strip: tiled(f, strip, 3, size, lap, s), image, 2, size, lap, s)
-    except RuntimeError as e:
-        if size == w or "memory" not in str(e):  # which each device says in its own way
-            raise
-    warnings.warn(f"out of memory: going on with tiles of {size // 2} pixels", stacklevel=3)
-    return restore(net, image, size // 2, overlap, ensemble)
+    Returns: (B, C, H * factor, W * factor) on the image's device, not clipped. Raises UserError
+    for an image of another type or number of channels.
+    """
+    if image.ndim != 4 or image.shape[1] != net.in_chans or not image.is_floating_point():
+        given = f"{image.dtype} {list(image.shape)}"
+        raise UserError(f"give (B, {net.in_chans}, H, W) floats, not {given}")
+    longest = max(image.shape[2:])
+    limit = largest_tile(net, image)
+    size = limit
+    if tile is not None and tile > 0:
+        size = min(tile, limit)
+    size = min(size, longest)
+    size = max(-(-size // net.multiple), 1) * net.multiple  # whole windows
 
-
-def read(path: str | Path) -> np.ndarray:
-    """An image file as (H, W, C) uint8 or uint16, upright: C is 1 gray, 2 gray alpha, 3 RGB, 4 RGB alpha."""
-    with Image.open(path) as im, Image.open(path) as low:
-        args, deep = im.tile[0].args if im.tile else "", im.mode[0] == "I"
-        raw, *rest = (args,) if isinstance(args, str) else args
-        if im.mode in ("RGB", "RGBA") and ";16" in raw:
-            # Pillow keeps the high bytes only: decode again as if the bytes came in the other order
-            other = "RGBA" if raw == "LA;16B" else raw[:-1] + ("L" if raw[-1] == "B" else "B")
-            low.tile = [t._replace(args=(other, *rest) if rest else other) for t in low.tile]
-            high, low = (np.asarray(ImageOps.exif_transpose(i)).astype(np.uint16) for i in (im, low))
-            return low[..., ::2] << 8 | low[..., 1::2] if other == "RGBA" else high << 8 | low
-        if im.mode == "F" or (";16" in str(raw)) > deep or (deep and max(map(abs, im.getextrema())) >> 16):
-            raise ValueError(f"can't be read exactly (mode {im.mode}, {raw}): save it with 8 or 16 bits")
-        mode = ("L" if im.mode in ("1", "L", "LA") else "RGB") + "A" * im.has_transparency_data
-        im = ImageOps.exif_transpose(im)
-        return np.atleast_3d(np.asarray(im).astype(np.uint16) if deep else np.asarray(im.convert(mode)))
+    while True:
+        try:
+            return restore_tiles(net, image, size, overlap, ensemble)
+        except RuntimeError as error:  # each device says in its own way that memory is short
+            if size == net.multiple or "memory" not in str(error):
+                raise
+        size = max(size // 2 // net.multiple, 1) * net.multiple
+        warnings.warn(f"out of memory: going on with tiles of {size} pixels", stacklevel=2)
 
 
-def write_png(path: str | Path, pixels: np.ndarray) -> None:
-    """(H, W, C) uint8 or uint16 as from `read`; Pillow writes no 16-bit colour."""
-    H, W, C = pixels.shape
-    rows = np.ascontiguousarray(pixels, pixels.dtype.newbyteorder(">")).view(np.uint8).reshape(H, -1)
-    up = np.diff(rows, axis=0, prepend=np.zeros_like(rows[:1]))  # PNG's filter 2: minus the row above
-    header = np.array([W, H], ">u4").tobytes() + bytes([8 * pixels.itemsize, (0, 4, 2, 6)[C - 1], 0, 0, 0])
-    data = b"\x89PNG\r\n\x1a\n"
-    for name, body in (b"IHDR", header), (b"IDAT", zlib.compress(np.insert(up, 0, 2, 1), 4)), (b"IEND", b""):
-        data += len(body).to_bytes(4, "big") + name + body + zlib.crc32(name + body).to_bytes(4, "big")
-    temporary = Path(path).with_name(f".{Path(path).name}.partial")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+def largest_tile(net: nn.Module, image: Tensor) -> int:
+    """The side, in input pixels, of the largest tile whose inference fits into the memory."""
+    device = next(net.parameters()).device
+    free = 1.2e9  # bytes, on a CPU
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = 0.7 * (torch.cuda.mem_get_info(device)[0] + cached)
+    batch, _, height, width = image.shape
+    bytes_per_pixel = 4 * batch * net.floats_per_pixel
+    if height * width * bytes_per_pixel <= free:
+        return max(height, width)
+    return isqrt(int(free / bytes_per_pixel))
 
 
-def restore_pixels(net: SwinIR, pixels: np.ndarray, *options: Any) -> np.ndarray:
-    """`restore` for the arrays of `read`: gray and colour through any network; alpha is only resized."""
-    c, top, gray = (pixels.shape[2] - 1) // 2 * 2 + 1, int(np.iinfo(pixels.dtype).max), len(net.mean[0]) == 1
-    x = torch.from_numpy(pixels.astype(np.float32)).div_(top).permute(2, 0, 1)[None]
-    y = restore(net, x[:, :c].transpose(0, 1) if gray else x[:, :c].expand(-1, 3, -1, -1), *options)
-    y = y.transpose(0, 1) if gray else y.mean(1, keepdim=True) if c == 1 else y
-    alpha = F.interpolate(x[:, c:], y.shape[2:], mode="bicubic") if pixels.shape[2] > c else y[:, :0]
-    y = torch.cat([y, alpha], 1).clamp_(0, 1).mul_(top).round_()
-    return y[0].permute(1, 2, 0).numpy().astype(pixels.dtype)
+def restore_tiles(net: nn.Module, image: Tensor, size: int, overlap: int, ensemble: bool) -> Tensor:
+    """Rows of tiles, then the tiles of each row."""
+    overlap = max(min(overlap, size // 2), 0) // net.multiple * net.multiple
+
+    def restore_row(row: Tensor) -> Tensor:
+        return in_pieces(lambda x: apply(net, x, ensemble), row, 3, size, overlap, net.factor)
+
+    return in_pieces(restore_row, image, 2, size, overlap, net.factor)
 
 
-def export_onnx(net: SwinIR, path: Path) -> str:
-    """Writes opset 18 with dynamic batch, height and width; says how it compares with PyTorch."""
+def in_pieces(f: Any, x: Tensor, dim: int, size: int, overlap: int, factor: int) -> Tensor:
+    """f(x), `factor` times as large, computed piece by piece along `dim`."""
+    B, C, H, W = x.shape
+    out = x.new_empty(B, C, H * factor, W * factor)
+    # Each piece fades in over the overlap: steeply in the middle, where both have seen enough
+    # around a pixel, but never from exactly 0 or to exactly 1.
+    t = (torch.arange(overlap * factor, device=x.device, dtype=x.dtype) + 0.5) / max(
+        overlap * factor, 1
+    )
+    fade = t**8 / (t**8 + (1 - t) ** 8)
+    fade = fade.view(-1, 1) if dim == 2 else fade
+
+    starts = range(0, max(x.shape[dim] - overlap, 1), size - overlap)
+    unit = "row" if dim == 2 else "tile"
+    hidden = True if len(starts) == 1 else None  # None: shown in a terminal
+    for start in tqdm(starts, unit=unit, leave=False, delay=3, disable=hidden):
+        length = min(size, x.shape[dim] - start)
+        piece = f(x.narrow(dim, start, length))
+        if start > 0:
+            shared = overlap * factor
+            before = out.narrow(dim, start * factor, shared)
+            piece.narrow(dim, 0, shared).copy_(before.lerp(piece.narrow(dim, 0, shared), fade))
+        out.narrow(dim, start * factor, length * factor).copy_(piece)
+    return out
+
+
+def apply(net: nn.Module, x: Tensor, ensemble: bool) -> Tensor:
+    """The network's output, on the device and in the type of `x`."""
+    device = next(net.parameters()).device
+    if not ensemble:
+        return net(x.to(device)).to(x)
+    total = torch.zeros((), device=x.device, dtype=x.dtype)
+    for flip in (False, True):
+        for turns in range(4):
+            turned = x.flip(3) if flip else x
+            y = net(turned.rot90(turns, (2, 3)).to(device)).to(x).rot90(-turns, (2, 3))
+            total = total + (y.flip(3) if flip else y)
+    return total / 8
+
+
+def restore_pixels(
+    net: nn.Module,
+    pixels: np.ndarray,
+    tile: int | None = None,
+    overlap: int = 32,
+    ensemble: bool = False,
+) -> np.ndarray:
+    """`restore` for (H, W, C) uint8 or uint16: C is 1 gray, 2 gray alpha, 3 RGB, 4 RGB alpha.
+
+    A colour network gets gray three times and its outputs are averaged; a gray network restores
+    each channel of a colour image. Alpha is only resized.
+    """
+    peak = int(np.iinfo(pixels.dtype).max)
+    colours = 3 if pixels.shape[2] >= 3 else 1
+    image = torch.from_numpy(pixels.astype(np.float32)).div_(peak).permute(2, 0, 1)  # (C, H, W)
+    image, alpha = image[None, :colours], image[None, colours:]
+    options = (tile, overlap, ensemble)
+    if net.in_chans == 1:
+        output = restore(net, image.transpose(0, 1), *options).transpose(0, 1)
+    elif colours == 1:
+        output = restore(net, image.expand(-1, 3, -1, -1), *options).mean(1, keepdim=True)
+    else:
+        output = restore(net, image, *options)
+    if alpha.shape[1]:
+        alpha = F.interpolate(alpha, output.shape[2:], mode="bicubic")
+        output = torch.cat([output, alpha], 1)
+    output = output.clamp(0, 1).mul(peak).round()
+    return output[0].permute(1, 2, 0).numpy().astype(pixels.dtype)
+
+
+# ONNX
+
+
+def export_onnx(net: nn.Module, path: Path) -> str:
+    """Writes opset 18 with dynamic batch, height and width; returns how it compares with PyTorch.
+
+    Raises UserError, and removes the file, if the two differ. Needs onnx and onnxruntime.
+    """
     from onnxruntime import InferenceSession
 
-    w, C, axes = net.window_size, net.conv_first.in_channels, {"x": [0, 2, 3], "y": [0, 2, 3]}
-    options = {"input_names": ["x"], "output_names": ["y"], "dynamic_axes": axes, "opset_version": 18}
-    with warnings.catch_warnings(), torch.enable_grad():  # gradients: all windows at once
+    multiple, channels = net.multiple, net.in_chans
+    sides = {0: "batch", 2: "height", 3: "width"}
+    with warnings.catch_warnings(), torch.enable_grad():  # with gradients: all windows at once
         warnings.simplefilter("ignore")
-        torch.onnx.export(net, (torch.rand(1, C, w + 1, w + 2),), path, **options, dynamo=False)
-    session, xs = InferenceSession(path), [torch.rand(1, C, 3 * w, 4 * w), torch.rand(2, C, w + 3, 2 * w - 1)]
-    worst = max(abs(session.run(None, {"x": x.numpy()})[0] - restore(net, x).numpy()).max() for x in xs)
-    assert worst < 1e-3 or path.unlink(), f"{path}: not fit for use: ONNX and PyTorch differ by {worst:.1e}"
+        torch.onnx.export(
+            net,
+            (torch.rand(1, channels, multiple + 1, multiple + 2),),
+            path,
+            input_names=["x"],
+            output_names=["y"],
+            dynamic_axes={"x": sides, "y": sides},
+            opset_version=18,
+            dynamo=False,
+        )
+    session = InferenceSession(path)
+    worst = 0.0
+    for shape in ((1, 3 * multiple, 4 * multiple), (2, multiple + 3, 2 * multiple - 1)):
+        x = torch.rand(shape[0], channels, *shape[1:])
+        (y,) = session.run(None, {"x": x.numpy()})
+        worst = max(worst, float(abs(y - restore(net, x).numpy()).max()))
+    if worst >= 1e-3:
+        path.unlink()
+        raise UserError(f"{path}: not written, because ONNX and PyTorch differ by {worst:.1e}")
     return f"opset 18, any size, within {worst:.1e} of PyTorch at two sizes"
 
 
+# Command line
+
+
 def free_cores() -> int:
-    """How many cores are idle, at least 1. OpenMP's threads wait for each other: two of them beside a busy
-    process take up to twenty times as long as one."""
-    cores, most = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(), 0.0
-    if not cores or not Path("/proc/stat").exists():
+    """How many cores are idle, at least 1.
+
+    OpenMP's threads wait for each other: two of them beside a busy process take up to twenty
+    times as long as one.
+    """
+    if not hasattr(os, "sched_getaffinity") or not Path("/proc/stat").exists():
         return os.cpu_count() or 1
-
-    def times() -> np.ndarray:  # (cores, 2): idle and all, in ticks since the machine started
-        lines = re.findall(r"^cpu(\d+) (.*)", Path("/proc/stat").read_text(), re.M)
-        ticks = [[int(t) for t in line.split()[:8]] for core, line in lines if int(core) in cores]
-        return np.array([[t[3] + t[4], sum(t)] for t in ticks])
-
-    for _ in range(5):  # the best of five: what runs for an instant doesn't count
-        before = times()
+    cores = os.sched_getaffinity(0)
+    most = 0.0
+    for _ in range(5):  # the best of five: what runs for an instant does not count
+        idle_before, total_before = cpu_ticks(cores)
         time.sleep(0.1)
-        idle, passed = (times() - before).T
-        most = max(most, float((idle / np.maximum(passed, 1)).sum()))
+        idle, total = cpu_ticks(cores)
+        shares = (idle - idle_before) / np.maximum(total - total_before, 1)
+        most = max(most, float(shares.sum()))
         if round(most) >= len(cores):
             break
     return max(round(most), 1)
 
 
+def cpu_ticks(cores: set[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Ticks since the machine started, idle and in all, of each core."""
+    idle, total = [], []
+    for line in Path("/proc/stat").read_text().splitlines():
+        match = re.match(r"cpu(\d+) (.*)", line)
+        if match and int(match[1]) in cores:
+            ticks = [int(word) for word in match[2].split()[:8]]
+            idle.append(ticks[3] + ticks[4])  # idle, waiting for a disk
+            total.append(sum(ticks))
+    return np.array(idle), np.array(total)
+
+
 def main() -> int | str | None:
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     cli = argparse.ArgumentParser(description="Restores an image, or all in a folder, to PNG.")
     cli.add_argument("net", help="a SwinIR checkpoint: ours, official, BasicSR, KAIR")
     cli.add_argument("input", nargs="?", type=Path, help="an image or a folder")
     cli.add_argument("output", nargs="?", type=Path, help="a .png file or a folder")
-    cli.add_argument("--tile", type=int, help="input pixels (default, 0: the whole, or what memory allows)")
-    cli.add_argument("--overlap", type=int, default=32, help="of tiles, in input pixels (default: 32)")
-    cli.add_argument("--ensemble", action="store_true", help="mean of the eight symmetries: 8 times as slow")
-    cli.add_argument("--device", default=best, help="cpu, cuda, cuda:1, mps (default: %(default)s)")
-    cli.add_argument("--bf16", action="store_true", help="compute in bfloat16: faster, a little less exact")
+    cli.add_argument("--tile", type=int, help="input pixels (default: whole, or as memory allows)")
+    cli.add_argument("--overlap", type=int, default=32, help="of tiles, in pixels (default: 32)")
+    cli.add_argument(
+        "--ensemble", action="store_true", help="mean of 8 symmetries: 8 times as slow"
+    )
+    cli.add_argument(
+        "--device", default=default_device(), help="cpu, cuda, cuda:1, mps (%(default)s)"
+    )
+    cli.add_argument("--bf16", action="store_true", help="bfloat16: faster, a little less exact")
     cli.add_argument("--onnx", type=Path, metavar="FILE", help="write the network as ONNX instead")
-    args, failed = cli.parse_intermixed_args(), []
-    if file := args.onnx and args.onnx.with_suffix(".onnx"):
-        return print(f"{file}: {export_onnx(load(args.net), file)}")
-    source, target, suffix = args.input, args.output, args.output and args.output.suffix.lower()
-    if target is None or (suffix in Image.registered_extensions() and (suffix != ".png" or source.is_dir())):
-        cli.error("give NET INPUT OUTPUT: of an image to a .png file or a folder, of a folder to a folder")
+    args = cli.parse_intermixed_args()
+
+    if args.onnx:
+        path = args.onnx.with_suffix(".onnx")
+        print(f"{path}: {export_onnx(load(args.net), path)}")
+        return None
+    if args.input is None or args.output is None or not fitting(args.input, args.output):
+        cli.error(
+            "give NET INPUT OUTPUT: of an image to a .png file or a folder, of a folder to a folder"
+        )
     if args.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(free_cores(), torch.get_num_threads()))
+    check_device(args.device)
     net = load(args.net, device=args.device)
-    jobs = [(source, target if suffix == ".png" else target / f"{source.stem}.png")]
+    jobs = list_jobs(args.input, args.output)
+    failed = restore_files(net, jobs, args)
+    if failed:
+        return f"{len(failed)} of {len(jobs)} images failed: {', '.join(failed[:9])}"
+    return None
+
+
+def default_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def check_device(name: str) -> None:
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:  # a device that is unknown, or not there
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device={name} can't be used here: {reason}") from None
+
+
+def fitting(source: Path, target: Path) -> bool:
+    """An output with a suffix must be .png, and is for one image. (v1.2 is no suffix.)"""
+    suffix = target.suffix.lower()
+    if suffix == ".png":
+        return not source.is_dir()
+    return suffix not in data_module().IMAGE_SUFFIXES
+
+
+def list_jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
+    """(image, output) for each image. Images that differ in their suffix alone keep it."""
+    data = data_module()
     if source.is_dir():
-        kinds = re.compile(r"(/[^.][^/]*)+\.(bmp|jpe?g|p[bgnp]m|png|tiff?|webp)", re.I)  # and nothing hidden
-        found = (p.relative_to(source) for p in sorted(source.rglob("*")) if p.is_file())
-        names = {p: str(p.with_suffix("")).lower() for p in found if kinds.fullmatch(f"/{p.as_posix()}")}
-        same = Counter(names.values())  # of these, outputs keep the suffix
-        jobs = [(source / p, target / p.with_suffix(p.suffix * (same[names[p]] > 1) + ".png")) for p in names]
-    if not jobs or not source.exists():
-        raise ValueError(f"{source}: " + ("holds no images" if source.exists() else "is not there"))
+        names = [path.relative_to(source) for path in data.list_images(source)]
+        same = Counter(str(name.with_suffix("")).lower() for name in names)
+        jobs = []
+        for name in names:
+            unique = same[str(name.with_suffix("")).lower()] == 1
+            output = name.with_suffix(".png") if unique else name.with_name(name.name + ".png")
+            jobs.append((source / name, target / output))
+    elif target.suffix.lower() == ".png":
+        jobs = [(source, target)]
+    else:
+        jobs = [(source, target / f"{source.stem}.png")]
+    if not source.exists():
+        raise UserError(f"{source} is not there")
     here = source.resolve()
-    if target.resolve() == here.parent or any(out.resolve().is_relative_to(here) for _, out in jobs):
-        raise ValueError(f"{target}: the output must be neither {source}, nor its folder, nor in it")
-    for path, out in tqdm(jobs, str(target), unit="image"):
-        out.parent.mkdir(parents=True, exist_ok=True)
+    inside = any(output.resolve().is_relative_to(here) for _, output in jobs)
+    if inside or target.resolve() == here.parent:
+        raise UserError(f"{target}: the output must be neither {source}, nor its folder, nor in it")
+    return jobs
+
+
+def restore_files(
+    net: nn.Module, jobs: list[tuple[Path, Path]], args: argparse.Namespace
+) -> list[str]:
+    """Restores each image; names those that fail, and goes on. Returns their paths."""
+    data = data_module()
+    failed = []
+    kind = args.device.split(":")[0]
+    for path, output in tqdm(jobs, str(args.output), unit="image"):
         try:
-            with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.bf16):
-                write_png(out, restore_pixels(net, read(path), args.tile, args.overlap, args.ensemble))
-        except Exception as e:  # Pillow raises anything for a broken file
+            pixels = data.read_image(path, alpha=True)
+            with torch.autocast(kind, torch.bfloat16, enabled=args.bf16):
+                restored = restore_pixels(net, pixels, args.tile, args.overlap, args.ensemble)
+            output.parent.mkdir(parents=True, exist_ok=True)
+            data.write_image(output, restored)
+        except (ValueError, RuntimeError, OSError, MemoryError) as error:
             failed.append(str(path))
-            tqdm.write(f"{path}: {str(e) or type(e).__name__}", file=sys.stderr)
-    return f"{len(failed)} of {len(jobs)} images failed: {', '.join(failed[:9])}" if failed else None
+            reason = str(error).removeprefix(f"{path}: ") or type(error).__name__
+            tqdm.write(f"{path}: {reason}", file=sys.stderr)
+    return failed
+
+
+def data_module() -> Any:
+    """data.py, which reads and writes the image files of the command line."""
+    try:
+        import data
+    except ModuleNotFoundError as error:
+        raise UserError("the command needs data.py beside model.py: copy it there, too") from error
+    return data
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (ValueError, RuntimeError, OSError, AssertionError, ImportError, KeyboardInterrupt) as e:
-        sys.exit(f"error: {str(e) or 'stopped'}{': install onnx, onnxruntime' * isinstance(e, ImportError)}")
+    except ImportError as error:
+        sys.exit(f"error: {error}: pip install onnx onnxruntime")
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("error: stopped")

@@ -1,8 +1,9 @@
 """Train SwinIR: one file, one loop. Results go to experiments/<name>/.
 
-    python train.py configs/tiny.py                           # a denoiser in minutes on a laptop, no data
+    python train.py configs/tiny.py                           # a denoiser in minutes, without data
     python train.py configs/denoise.py --dataroot_gt=DIV2K_HR --val_gt=CBSD68 --lr=1e-4
-    torchrun --nproc_per_node=8 train.py configs/denoise.py   # batch_size is global: the recipe is the same
+    torchrun --nproc_per_node=8 train.py configs/denoise.py   # batch_size is global
+
 The same command again continues where it stopped.
 """
 
@@ -21,23 +22,51 @@ import shutil
 import signal
 import sys
 import sysconfig
+import threading
 import time
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from runpy import run_path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import PairedImageDataset, Prefetcher, SampleNumbers, ValidationImages, imresize, need, train_loader
-from metrics import LOSSES, Log, psnr, psnrb, ssim, strip
-from model import SwinIR, free_cores, load_weights, portable, restore
-
-MOST_PSNR = 60.0  # dB: what an image counts at most in a validation, lest an exact one decide it
+import data
+import metrics
+import model
+from data import (
+    PairedImageDataset,
+    Prefetcher,
+    UnreadableImage,
+    UserError,
+    ValidationImages,
+    dataset_options,
+    degradation_options,
+    imresize,
+    sample_batches,
+    train_loader,
+    validation_options,
+)
+from metrics import (
+    MEASURES,
+    Log,
+    Meter,
+    WeightedLoss,
+    bounded,
+    describe_measure,
+    parse_loss,
+    psnr,
+    strip,
+    sum_over_ranks,
+)
+from model import NETWORKS, free_cores, load_weights, portable, restore
 
 
 @dataclass
@@ -45,64 +74,94 @@ class Config:
     name: str = "denoise_color25"  # results go to experiments/<name>
     seed: int = 0  # of all that is drawn: initial weights, samples, DropPath
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    resume: Literal["auto", "never"] = "auto"  # never: the old folder is moved to <name>_archived_<time>
+    resume: Literal["auto", "never"] = (
+        "auto"  # never: the old folder moves to <name>_archived_<time>
+    )
     eval_only: bool = False  # validate pretrain_network, or the last checkpoint, and stop
     max_hours: float | None = None  # save and stop after this time; None: no limit
-    amp: Literal["auto", "bf16", "fp16", "tf32", "none"] = "auto"  # auto: bf16 where computed by hardware
+    amp: Literal["auto", "bf16", "fp16", "tf32", "none"] = (
+        "auto"  # auto: bf16 where hardware has it
+    )
     compile: Literal["auto", "on", "off"] = "auto"  # auto: on for CUDA on Linux
-    # data: folders or files made by data.py pack; several are separated by commas
-    dataroot_gt: str | tuple | None = None  # clean images; None: synthetic ones
-    dataroot_lq: str | tuple | None = None  # their degraded partners; None: made by `degradation`
-    dataset_weights: tuple | None = None  # how often to draw from each dataroot_gt; None: by number of images
+
+    # data: folders, or files made by data.py pack; several are separated by commas
+    dataroot_gt: str | tuple[str, ...] | None = None  # clean images; None: synthetic ones
+    dataroot_lq: str | tuple[str, ...] | None = None  # their partners; None: made by `degradation`
+    dataset_weights: tuple[float, ...] | None = (
+        None  # how often to draw from each root; None: by size
+    )
     filename_tmpl: str = "{}"  # name of the partner of {}: {}x4 pairs baby.png with babyx4.png
-    meta_info_file: str | None = None  # lists the files to use, as a/1.png below dataroot_gt; None: all
+    meta_info_file: str | None = (
+        None  # lists the files to use, as a/1.png below dataroot_gt; None: all
+    )
     degradation: str = "noise"  # noise, jpeg, bicubic: see DEGRADATIONS in data.py
-    sigma: float | tuple = 25.0  # noise: deviation of 255, or a range as 0,50, whose end is validated
-    quality: int | tuple = 40  # jpeg: 1 to 100, or a range as 10,40, whose start is validated
-    gt_size: int = 128  # side of the ground-truth patch in pixels: a multiple of scale x window_size
+    sigma: float | tuple[float, ...] = 25.0  # noise: deviation of 255, or a range as 0,50
+    quality: int | tuple[int, ...] = 40  # jpeg: 1 to 100, or a range as 10,40
+    gt_size: int = 128  # side of the GT patch in pixels: a multiple of scale x window_size
     use_hflip: bool = True  # horizontal flips
     use_rot: bool = True  # vertical flips and transpositions: with use_hflip, all eight symmetries
     num_workers: int = 4  # loader processes per rank, at most one per core
+
     # network: SwinIR-M
+    network: str = "swinir"  # see NETWORKS in model.py
     scale: int = 1  # upscaling factor
     in_chans: Literal[3, 1] = 3  # 3: RGB, 1: gray
     embed_dim: int = 180
-    depths: tuple = (6, 6, 6, 6, 6, 6)
-    num_heads: tuple = (6, 6, 6, 6, 6, 6)
+    depths: tuple[int, ...] = (6, 6, 6, 6, 6, 6)
+    num_heads: tuple[int, ...] = (6, 6, 6, 6, 6, 6)
     window_size: int = 8
     mlp_ratio: float = 2.0
-    upsampler: Literal["", "pixelshuffle", "pixelshuffledirect", "nearest+conv"] = ""  # '': for scale 1
+    upsampler: Literal["", "pixelshuffle", "pixelshuffledirect", "nearest+conv"] = ""  # "": scale 1
     resi_connection: Literal["1conv", "3conv"] = "1conv"
     img_range: float = 1.0
     drop_path_rate: float = 0.1  # stochastic depth
     init_std: float = 0.02  # deviation of the initial weights of linear layers
-    use_checkpoint: bool = False  # recompute activations: less memory, more time; on if a CPU needs it
-    pretrain_network: str | None = None  # weights to start from: ours, official, BasicSR's or KAIR's
+    use_checkpoint: bool = False  # recompute activations: less memory, more time
+    pretrain_network: str | None = (
+        None  # weights to start from: ours, official, BasicSR's or KAIR's
+    )
     param_key: str = "params_ema"  # which weights of that file
     strict_load: bool = True  # False: take what fits
+
     # optimisation
     batch_size: int = 8  # global: samples per step over all ranks and micro-batches
-    accumulate: int | None = None  # micro-batches per step and rank; None: 1, on a CPU as its memory demands
+    accumulate: int | None = (
+        None  # micro-batches per step and rank; None: 1, on a CPU as memory demands
+    )
     total_iters: int = 1_600_000
-    optimizer: Literal["adam", "adamw"] = "adam"
+    optimizer: str = "adam"  # adam, adamw: see OPTIMIZERS
     lr: float = 2e-4
-    betas: tuple = (0.9, 0.999)
+    betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
-    loss: Literal[tuple(LOSSES)] = "charbonnier"  # see LOSSES in metrics.py
-    scheduler: Literal["multistep", "cosine"] = "multistep"  # cosine: to 0 at total_iters
-    milestones: tuple = (800_000, 1_200_000, 1_400_000, 1_500_000)  # after each the lr is multiplied
-    gamma: float = 0.5  # by this
+    loss: str = (
+        "charbonnier"  # l1, mse, charbonnier, perceptual, style, or a sum: l1+0.1*perceptual
+    )
+    vgg_layers: tuple[str, ...] = ("conv5_4",)  # perceptual, style: layers of VGG19, as conv4_4:0.5
+    vgg_criterion: Literal["l1", "l2", "fro"] = "l1"  # distance of their features
+    vgg_input_norm: bool = True  # standardise images as ImageNet's
+    vgg_path: str | None = (
+        None  # torchvision's vgg19-dcbb9e9d.pth; None: BasicSR's place, or download
+    )
+    scheduler: str = "multistep"  # multistep, cosine: see SCHEDULES
+    milestones: tuple[int, ...] = (800_000, 1_200_000, 1_400_000, 1_500_000)  # after each, lr times
+    gamma: float = 0.5  # this
     warmup_iters: int = 0  # the lr grows linearly and reaches its value at this iteration
     grad_clip: float | None = None  # largest norm of the gradient; None: no clipping
     ema_decay: float = 0.999  # of the averaged weights, which are validated; 0: no averaging
+
     # validation and files
-    val_gt: str | tuple | None = None  # validation sets; None: synthetic images, unless dataroot_lq is given
-    val_lq: str | tuple | None = None  # their degraded partners; None: made by `degradation`
+    val_gt: str | tuple[str, ...] | None = (
+        None  # None: synthetic images, unless dataroot_lq is given
+    )
+    val_lq: str | tuple[str, ...] | None = None  # their partners; None: made by `degradation`
     val_freq: int = 5000  # iterations between validations; 0: never
+    measures: tuple[str, ...] | None = (
+        None  # see MEASURES in metrics.py; None: psnr, ssim, jpeg: psnrb
+    )
     crop_border: int = 0  # pixels cut off on each side before PSNR and SSIM
     test_y_channel: bool = False  # PSNR and SSIM on the Y channel of YCbCr
-    pad_window: bool = False  # pad a window more than needed, as the script behind SwinIR's published figures
-    save_img: bool = False  # also write a strip (input, output, ground truth) for each validation image
+    pad_window: bool = False  # pad a window more than needed, as the script behind SwinIR's figures
+    save_img: bool = False  # write a strip (input, output, ground truth) for each validation image
     use_tb_logger: bool = False  # log to TensorBoard too, in experiments/<name>/tensorboard
     wandb: str | None = None  # log to this project of Weights & Biases too
     print_freq: int = 100
@@ -110,442 +169,1230 @@ class Config:
     keep_last: int = 3  # checkpoints kept besides the best weights; 0: all
 
 
-def coerce(value: Any, name: str, source: str) -> Any:
-    """`value` as Config declares it, or SystemExit. From the command line it comes as text."""
-    hint = get_type_hints(Config)[name]
-    choices = get_args(hint) if get_origin(hint) is Literal else ()
-    kinds = {type(choice) for choice in choices} or set(get_args(hint)) or {hint}
-    if source.startswith("-") and str in kinds:
-        value = None if value == "None" and type(None) in kinds else value
-        value = tuple(map(str.strip, value.split(","))) if tuple in kinds and "," in str(value) else value
-    elif source.startswith("-"):
-        with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            value = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
-    value = tuple(value) if isinstance(value, list) else str(value) if isinstance(value, Path) else value
-    value = (value,) if kinds <= {tuple, type(None)} and type(value) in (int, float) else value
-    value = float(value) if type(value) is int and float in kinds and abs(value) < 2**63 else value
-    value = int(value) if type(value) is float and int in kinds and value.is_integer() else value  # 1e4
-    if type(value) not in kinds or (choices and value not in choices):
-        wanted = " or ".join(map(repr, choices)) or inspect.formatannotation(hint)
-        raise SystemExit(f"{source}: {name} must be {wanted}, not {value!r:.60} (see train.py --help)")
-    return value
+# Options that a network's constructor may take.
+NETWORK_OPTIONS = (
+    "in_chans",
+    "embed_dim",
+    "depths",
+    "num_heads",
+    "window_size",
+    "mlp_ratio",
+    "upsampler",
+    "resi_connection",
+    "img_range",
+    "drop_path_rate",
+    "init_std",
+    "use_checkpoint",
+)
+# Options that make a run what it is. They can't change once it has started.
+FIXED_ON_RESUME = (
+    *("network", "scale", *(name for name in NETWORK_OPTIONS if name != "use_checkpoint")),
+    *("seed", "batch_size", "optimizer", "degradation", "pretrain_network"),
+)
+# Bounds of numbers, inclusive; of tuples, of each entry. Other numbers only have to be finite.
+BOUNDS = {
+    "seed": (0, None),
+    "max_hours": (0, None),
+    "dataset_weights": (0, None),
+    "sigma": (0, None),
+    "quality": (1, 100),
+    "gt_size": (1, None),
+    "num_workers": (0, None),
+    "scale": (1, None),
+    "embed_dim": (1, None),
+    "depths": (1, None),
+    "num_heads": (1, None),
+    "window_size": (1, None),
+    "mlp_ratio": (0, None),
+    "img_range": (0, None),
+    "drop_path_rate": (0, 0.999),
+    "init_std": (0, None),
+    "batch_size": (1, None),
+    "accumulate": (1, None),
+    "total_iters": (1, None),
+    "lr": (0, None),
+    "betas": (0, 0.9999999),
+    "weight_decay": (0, None),
+    "milestones": (0, None),
+    "gamma": (0, None),
+    "warmup_iters": (0, None),
+    "grad_clip": (0, None),
+    "ema_decay": (0, 0.9999999),
+    "val_freq": (0, None),
+    "crop_border": (0, None),
+    "print_freq": (1, None),
+    "save_checkpoint_freq": (1, None),
+    "keep_last": (0, None),
+}
 
 
-def load_config(argv: list[str]) -> Config:
-    """The Config of a command line. SystemExit with a sentence if anything is wrong with it."""
-    cfg = Config()
-    for arg in sorted(argv, key=lambda arg: arg.startswith("-") * ("=" in arg or -1)):  # files, options
-        if arg in ("-h", "--help"):
-            raise SystemExit(print(f"{__doc__}\nAll options:\n\n{inspect.getsource(Config)}", flush=True))
-        key, equals, text = arg.lstrip("-").partition("=")
-        pairs = {key.replace("-", "_"): text}
-        if not arg.startswith("-"):
-            try:
-                pairs = {k: v for k, v in run_path(arg).items() if k[0] != "_" and not inspect.ismodule(v)}
-            except BaseException as error:
-                raise SystemExit(f"{arg} is no config file (options are --key=value): {error!r}") from None
-        for key, value in pairs.items():
-            if key not in vars(cfg):
-                near = difflib.get_close_matches({"manual_seed": "seed"}.get(key, key.lower()), vars(cfg), 2)
-                advice = f"did you mean {' or '.join(near)}?" if near else "train.py --help lists them all"
-                raise SystemExit(f"{arg}: unknown option {key}; {advice}")
-            if arg.startswith("-") and not equals:
-                raise SystemExit(f"{arg}: options are written with their value, as {arg}=VALUE")
-            setattr(cfg, key, value if inspect.isfunction(value) else coerce(value, key, arg))
-    view = type("", (), {"__getattr__": lambda v, k: x(v) if inspect.isfunction(x := getattr(cfg, k)) else x})
-    for key in vars(cfg):  # lr = lambda cfg: ... may ask for options that are such rules themselves
-        setattr(cfg, key, coerce(getattr(view(), key), key, "a config file"))
-    check(cfg)
-    return cfg
+# What a run is made of
 
 
-def check(cfg: Config) -> None:
-    """SystemExit with a sentence for values that can't work. Network and data check theirs themselves."""
-
-    def must(fine: Any, name: str, what: str) -> None:
-        if not fine:
-            raise SystemExit(f"{name}={getattr(cfg, name)!r:.60} can't work: it must be {what}")
-
-    for name, value in sorted(vars(cfg).items(), key=lambda kv: kv[0] != "scale"):  # others follow from it
-        numbers = [v for v in (value if isinstance(value, tuple) else [value]) if type(v) in (int, float)]
-        must(type(value) is not tuple or "_" in name or len(numbers) == len(value), name, "numbers, as 6,6")
-        default = getattr(Config, name)  # what is at least 1 by default makes no sense at 0
-        low = int(type(default) is int and default > 0 and name[:4] not in ("num_", "val_", "keep"))
-        high = {"betas": 1, "ema_decay": 1, "drop_path_rate": 1, "quality": 101}.get(name, 2.0**63)
-        must(all(low <= v < high for v in numbers), name, f"at least {low}{f', below {high}' * (high < 999)}")
-    must(len(cfg.betas) == 2, "betas", "two numbers")
-    for name in ("depths", "num_heads"):
-        must(all(type(v) is int and v > 0 for v in getattr(cfg, name)), name, "positive whole numbers")
-    must("" != Path(cfg.name).name == cfg.name.rstrip(".") and cfg.name.isprintable(), "name", "a plain name")
-    must((cfg.upsampler == "") == (cfg.scale == 1), "upsampler", "'' for scale=1, else as in configs/*_sr.py")
-    flat = {"noise": True, "jpeg": True, "bicubic": False}.get(cfg.degradation, cfg.scale == 1)
-    must(cfg.dataroot_lq or flat == (cfg.scale == 1), "degradation", "bicubic or your own for scale > 1 only")
-    must(not cfg.gt_size % (n := cfg.scale * cfg.window_size), "gt_size", f"N x {n} (scale x window_size)")
+def multistep(it: int, cfg: Config) -> float:
+    """A milestone m acts from iteration m + 1 on, as in BasicSR."""
+    passed = [m for m in cfg.milestones if it > m]
+    return cfg.lr * cfg.gamma ** len(passed)
 
 
-def options_of(function: Any, cfg: Config) -> dict[str, Any]:
-    """The options that are arguments of `function`, by name."""
-    return {k: v for k, v in vars(cfg).items() if k in inspect.signature(function).parameters}
+def cosine(it: int, cfg: Config) -> float:
+    """Half a cosine from lr to 0 at total_iters."""
+    done = (it - 1 - cfg.warmup_iters) / max(cfg.total_iters - cfg.warmup_iters, 1)
+    done = min(max(done, 0), 1)
+    return cfg.lr * (1 + math.cos(math.pi * done)) / 2
+
+
+SCHEDULES = {"multistep": multistep, "cosine": cosine}
 
 
 def lr_at(it: int, cfg: Config) -> float:
-    """Learning rate of iteration `it` >= 1. A milestone m acts from iteration m + 1 on, as in BasicSR."""
+    """Learning rate of iteration `it` >= 1."""
     if it < cfg.warmup_iters:
         return cfg.lr * it / cfg.warmup_iters
-    if cfg.scheduler == "cosine":
-        done = (it - 1 - cfg.warmup_iters) / max(cfg.total_iters - cfg.warmup_iters, 1)
-        return cfg.lr * (1 + math.cos(math.pi * min(max(done, 0), 1))) / 2
-    return cfg.lr * cfg.gamma ** sum(it > m for m in cfg.milestones)
+    return SCHEDULES[cfg.scheduler](it, cfg)
 
 
-def hardware(cfg: Config, world: int) -> tuple[torch.device, str, int]:
-    """What `auto` and None stand for here: the device, the precision, the micro-batches per step and rank."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind = next(k for k, there in found.items() if there) if cfg.device == "auto" else cfg.device
-    need(found[kind], f"device={kind}: PyTorch finds none here; --device=auto takes what there is")
-    bf16 = kind == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-    if kind == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, cfg.amp != "none"
+def plan_of(it: int, cfg: Config) -> tuple[int, int]:
+    """(batch_size, gt_size) of iteration `it` >= 1. Both may change during training."""
+    return cfg.batch_size, cfg.gt_size
+
+
+def adam(params: list[nn.Parameter], cfg: Config) -> torch.optim.Optimizer:
+    options = {"lr": cfg.lr, "betas": cfg.betas, "weight_decay": cfg.weight_decay}
+    return torch.optim.Adam(params, **options, fused=True)
+
+
+def adamw(params: list[nn.Parameter], cfg: Config) -> torch.optim.Optimizer:
+    options = {"lr": cfg.lr, "betas": cfg.betas, "weight_decay": cfg.weight_decay}
+    return torch.optim.AdamW(params, **options, fused=True)
+
+
+OPTIMIZERS = {"adam": adam, "adamw": adamw}  # name -> function(params, cfg)
+
+
+def build_network(cfg: Config, use_checkpoint: bool = False) -> nn.Module:
+    """NETWORKS[cfg.network] with those of NETWORK_OPTIONS that it takes."""
+    options = {name: getattr(cfg, name) for name in NETWORK_OPTIONS}
+    options["use_checkpoint"] |= use_checkpoint
+    options["upscale"] = cfg.scale
+    options["img_size"] = cfg.gt_size // cfg.scale
+    constructor = NETWORKS[cfg.network]
+    taken = inspect.signature(constructor).parameters
+    return constructor(**{name: value for name, value in options.items() if name in taken})
+
+
+def build_average(network: nn.Module) -> nn.Module:
+    """A copy whose parameters average the network's. It shares the buffers: statistics of a
+    BatchNorm follow."""
+    shared = {id(buffer): buffer for buffer in network.buffers()}
+    return copy.deepcopy(network, memo=shared).requires_grad_(False)
+
+
+def build_loss(cfg: Config, device: torch.device) -> WeightedLoss:
+    loss = WeightedLoss(
+        cfg.loss,
+        layer_weights=cfg.vgg_layers,
+        criterion=cfg.vgg_criterion,
+        use_input_norm=cfg.vgg_input_norm,
+        vgg_path=cfg.vgg_path,
+    )
+    return loss.to(device)
+
+
+def open_validation_sets(cfg: Config) -> dict[str, ValidationImages]:
+    """By the names of their folders, or "synthetic"."""
+    gt_roots = cfg.val_gt if isinstance(cfg.val_gt, tuple) else (cfg.val_gt,)
+    lq_roots = cfg.val_lq if isinstance(cfg.val_lq, tuple) else (cfg.val_lq,)
+    if cfg.val_lq and (not cfg.val_gt or len(lq_roots) != len(gt_roots)):
+        raise UserError("give one val_lq for each val_gt")
+    if cfg.val_freq == 0 and not cfg.eval_only:
+        return {}
+    if cfg.dataroot_lq and not cfg.val_gt:
+        return {}  # pairs of one's own: synthetic images would say nothing
+    options = {"scale": cfg.scale, "in_chans": cfg.in_chans, "filename_tmpl": cfg.filename_tmpl}
+    options |= {"degradation": cfg.degradation, "crop_border": cfg.crop_border}
+    options |= degradation_options(cfg.degradation, cfg)
+    sets = {}
+    for i, root in enumerate(gt_roots):
+        name = Path(os.path.abspath(root)).stem if root else "synthetic"
+        if name in sets:  # folders of the same name
+            name += f"_{i + 1}"
+        sets[name] = ValidationImages(root, lq_roots[i] if cfg.val_lq else None, **options)
+    return sets
+
+
+# The step
+
+
+def train_step(
+    ddp_model: nn.Module,
+    criterion: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    pairs: list[list[Tensor]],
+    cfg: Config,
+    precision: str,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """One optimizer step on all micro-batches.
+
+    Returns the figures to log, means over the micro-batches, and whether the step was finite; if
+    it was not, no weight has changed. All are scalars on the device: nothing waits for it.
+    """
+    optimizer.zero_grad()
+    figures: dict[str, Tensor] = {}
+    for micro, (lq, gt) in enumerate(pairs):
+        # The last micro-batch sums the gradients over the ranks.
+        ddp_model.require_backward_grad_sync = micro == len(pairs) - 1
+        with autocast(lq.device, precision):
+            terms = criterion(ddp_model(lq), gt)
+        loss = sum(terms.values()) / len(pairs)
+        scaler.scale(spoilt_if_not_finite(loss)).backward()
+
+        figures["loss"] = figures.get("loss", 0) + loss.detach()
+        if len(terms) > 1:
+            for name, term in terms.items():
+                figures[name] = figures.get(name, 0) + term.detach() / len(pairs)
+
+    scaler.unscale_(optimizer)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
+    finite = norm.isfinite()
+    step_if_finite(optimizer, scaler, finite)
+    return figures | {"grad_norm": norm}, finite
+
+
+def spoilt_if_not_finite(loss: Tensor) -> Tensor:
+    """The loss, with gradients of nan where it is nan or infinite. By their sum over the ranks,
+    all ranks then skip the step."""
+    return loss * (1 + 0 * loss.detach())
+
+
+def step_if_finite(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, finite: Tensor
+) -> None:
+    if optimizer.defaults.get("fused") and finite.device.type != "mps":
+        optimizer.found_inf = 1 - finite.float()  # 1: the fused kernels change nothing
+        scaler.step(optimizer)
+    elif finite:  # waits for the device
+        scaler.step(optimizer)
+    scaler.update()
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, network: nn.Module, it: int, decay: float) -> None:
+    """The decay grows to its value: with 0.999 from the start, short runs would keep the initial
+    weights."""
+    decay = min(decay, (1 + it) / (10 + it))
+    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision in ("bf16", "fp16"))
+
+
+# Validation
+
+
+def evaluate(
+    network: nn.Module, images: ValidationImages, cfg: Config, rank: int = 0, world: int = 1
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Means of the measures over all images, and strips of this rank's if cfg.save_img.
+
+    Besides the measures: "input_psnr", and "exact", the number of images met exactly. Each rank
+    takes every world-th image. Means run over all in order, whatever the number of ranks.
+    """
+    share_buffers(network)
+    names = measures_of(cfg)
+    scores = torch.zeros(len(images), len(names) + 2, dtype=torch.float64)
+    strips = {}
+    for i in range(rank, len(images), world):
+        name, lq, gt = images[i].values()
+        output = restored_pixels(network, lq, gt, cfg)
+        peak = np.iinfo(gt.dtype).max
+        enlarged = (lq.clamp(0, 1) * peak).round().permute(1, 2, 0).numpy().astype(gt.dtype)
+        if cfg.scale > 1:
+            enlarged = imresize(enlarged, cfg.scale)
+        how = (gt, cfg.crop_border, cfg.test_y_channel)
+        values = [bounded(measure, MEASURES[measure](output, *how)) for measure in names]
+        before = bounded("psnr", psnr(enlarged, *how))
+        exact = np.array_equal(output, gt)
+        scores[i] = torch.tensor([*values, before, exact])
+        if cfg.save_img:
+            strips[name] = strip(enlarged, output, gt, before, values[0])
+    scores = sum_over_ranks(scores)  # sums with zeros, which are exact
+    *means, input_psnr, _ = scores.mean(0).tolist()
+    exact = int(scores[:, -1].sum())
+    return dict(zip(names, means, strict=True)) | {"input_psnr": input_psnr, "exact": exact}, strips
+
+
+def restored_pixels(network: nn.Module, lq: Tensor, gt: np.ndarray, cfg: Config) -> np.ndarray:
+    """The network's output for `lq` (C, h, w) in the type and size of `gt`, rounded."""
+    height, width = gt.shape[:2]
+    x = lq[None]
+    if cfg.pad_window:
+        x = padded_as_published(x, cfg.window_size)
+    output = restore(network, x)[0, :, :height, :width]
+    peak = np.iinfo(gt.dtype).max
+    output = (output.clamp(0, 1) * peak).round()
+    return output.permute(1, 2, 0).numpy().astype(gt.dtype)
+
+
+def padded_as_published(x: Tensor, window: int) -> Tensor:
+    """SwinIR's main_test_swinir.py mirrors each side to a multiple of the window, and by a whole
+    window where it is one already."""
+    for dim in (2, 3):
+        size = (x.shape[dim] // window + 1) * window
+        x = torch.cat([x, x.flip(dim)], dim).narrow(dim, 0, size)
+    return x
+
+
+def share_buffers(network: nn.Module) -> None:
+    """Statistics such as BatchNorm's are those of rank 0, on all ranks."""
+    if dist.is_initialized():
+        for buffer in network.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def measures_of(cfg: Config) -> tuple[str, ...]:
+    if cfg.measures:
+        return cfg.measures
+    return ("psnr", "ssim", "psnrb") if cfg.degradation == "jpeg" else ("psnr", "ssim")
+
+
+def protocol_of(cfg: Config) -> str:
+    """How the figures of a validation are made, such as "RGB, border 0, sigma 25, seed 0"."""
+    colour = "gray" if cfg.in_chans == 1 else "Y" if cfg.test_y_channel else "RGB"
+    parts = [colour, f"border {cfg.crop_border}"]
+    if cfg.val_lq:
+        parts.append("pairs")
+    else:
+        options = degradation_options(cfg.degradation, cfg)
+        if cfg.degradation not in ("noise", "jpeg"):
+            parts.append(cfg.degradation)
+        for name, value in validation_options(options).items():
+            values = value if isinstance(value, tuple) else (value,)
+            parts.append(f"{name} {'-'.join(format_value(v) for v in values)}")
+        if cfg.degradation == "noise":
+            parts.append("seed 0")
+    if cfg.pad_window:
+        parts.append("padded by a window")
+    return ", ".join(parts)
+
+
+def format_value(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
+def validate(
+    network: nn.Module,
+    val_sets: dict[str, ValidationImages],
+    cfg: Config,
+    hardware: "Hardware",
+    it: int,
+    best: dict[str, list[float]],
+    folder: Path,
+    log: Log,
+) -> bool:
+    """Evaluates and logs all sets, and keeps `best`, {set and protocol: [PSNR, iteration]}.
+
+    Returns whether the network is the best one so far, by the first measure on the first set.
+    """
+    network.eval()
+    protocol = protocol_of(cfg)
+    decisive = f"{next(iter(val_sets))}: {protocol}"
+    if not cfg.eval_only and next(iter(best), decisive) != decisive:
+        # Validation has changed: figures don't compare, and net_g_best.pth is of the old one.
+        best.clear()
+        old = folder / "models" / "net_g_best.pth"
+        if hardware.rank == 0 and old.exists():
+            old.rename(old.with_stem(f"net_g_best_before_{it}"))
+
+    for dataset, images in val_sets.items():
+        means, strips = evaluate(network, images, cfg, hardware.rank, hardware.world)
+        pictures = {}
+        for name, picture in strips.items():
+            path = folder / "visualization" / dataset / f"{name}_{it}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path)
+            pictures[f"{dataset}/{name}"] = picture
+
+        value = means[measures_of(cfg)[0]]
+        key = f"{dataset}: {protocol}"
+        if key not in best or value > best[key][0]:
+            best[key] = [value, it]
+        top, when = best[key]
+        figures = [describe_measure(name, means[name]) for name in measures_of(cfg)]
+        text = f"validation {dataset}: {', '.join(figures)}; input {means['input_psnr']:.2f} dB"
+        if means["exact"]:
+            text += f", {means['exact']} image(s) exact"
+        if it > 0 and not cfg.eval_only:
+            text += f", best {top:.2f} dB at {when:,}"
+        values = means | {"best_psnr": top, "best_iter": when, "protocol": protocol}
+        text = f"{text} ({protocol})"
+        log.event("val", text, it, pictures, dataset=dataset, eval_only=cfg.eval_only, **values)
+    return best[decisive][1] == it
+
+
+# The run
+
+
+def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one piece
+    """Trains. Returns the exit code: 0, 1 for a damaged image, 128 + the signal that stopped it.
+
+    Raises UserError, before anything is written, for options or files that can't work.
+    """
+    hardware = find_hardware(cfg)
+    device, rank, world = hardware.device, hardware.rank, hardware.world
+    folder = Path("experiments") / cfg.name
+
+    # Data
+    val_sets = open_validation_sets(cfg)
+    dataset = PairedImageDataset(**({} if cfg.eval_only else dataset_options(cfg)))
+
+    # Network, and the checkpoint to continue from
+    torch.manual_seed(cfg.seed)
+    network = build_network(cfg, hardware.use_checkpoint)
+    start_ranks(hardware)
+    use_old = cfg.resume == "auto" or cfg.eval_only
+    state, weights = last_checkpoint(folder) if use_old else (EMPTY_STATE, {})
+    start, best = state["iter"], dict(state["best"])
+    set_threads(device, state.get("threads"))
+    changes = check_resume(cfg, state, folder, val_sets)
+    batches = sample_batches(lambda it: plan_of(it, cfg), rank, world, start, hardware.accumulate)
+    notices = dataset.notices
+    if cfg.pretrain_network and not start:
+        taken = load_weights(network, cfg.pretrain_network, cfg.param_key, cfg.strict_load)
+        notices = [*notices, taken]
+    network.to(device, memory_format=torch.channels_last)
+    criterion = build_loss(cfg, device)
+
+    # Folder and log: from here on, files are written
+    wait_for_all(world)
+    lock = open_folder(folder, cfg, rank)
+    log_start = 2**62 if cfg.eval_only else start  # an evaluation takes nothing back
+    log = Log(folder, log_start, cfg.use_tb_logger, cfg.wandb, vars(cfg), quiet=rank > 0)
+    describe_run(log, cfg, folder, start, changes, dataset, val_sets, notices)
+
+    # What is trained. All of `parts` is saved with each checkpoint and restored from it.
+    average = build_average(network) if cfg.ema_decay else network
+    optimizer = OPTIMIZERS[cfg.optimizer](list(network.parameters()), cfg)
+    scaler = torch.amp.GradScaler(device.type, enabled=hardware.precision == "fp16")
+    meter = Meter(device, rank, world)
+    parts = {"optimizer": optimizer, "scaler": scaler, "meter": meter}
+    if start:
+        average.load_state_dict(weights["params_ema"])
+        network.load_state_dict(weights["params"])
+        restore_parts(parts, state, log)
+    ddp_model = distribute(network, world)
+    describe_network(log, network, hardware, compile_layers(network, cfg, device))
+
+    def save_network(name: str | int, it: int) -> None:
+        path = folder / "models" / f"net_g_{name}.pth"
+        write_network(path, network, average, cfg, hardware, it)
+
+    def save(it: int) -> None:
+        save_network(it, it)
+        write_state(folder, it, best, cfg, parts, hardware)
+
+    if cfg.eval_only:
+        validate(average, val_sets, cfg, hardware, start, best, folder, log)
+        return 0
+    if rank == 0 and start < cfg.total_iters:
+        write_file(folder / "config.json", json.dumps(vars(cfg), indent=1))
+
+    workers = min(cfg.num_workers, os.cpu_count() or 1)
+    loader = train_loader(dataset, batches, workers, pin=device.type == "cuda")
+    bar = tqdm(total=cfg.total_iters, initial=start, disable=None if rank == 0 else True)
+    with bar, Prefetcher(loader, device) as batches, StopRequests(cfg.max_hours) as requests:
+        clock = Clock(start)
+        for it in range(start + 1, cfg.total_iters + 1):
+            try:
+                pairs = [next(batches) for _ in range(hardware.accumulate)]
+            except UnreadableImage as error:
+                requests.stop_with(error)
+            save_now, stop, code = requests.agree(world)
+            if (save_now or stop) and it > start + 1:
+                save(it - 1)
+            if code or (stop and it > start + 1):
+                saved = ", saved: the same command continues" if it > 1 else ""
+                log(f"stopped after iteration {it - 1:,}{saved}")
+                return code
+
+            # The step. DropPath draws from (seed, iteration, rank).
+            torch.manual_seed(((cfg.seed * 1_000_003 + it) * 4099 + rank) % 2**63)
+            lr = set_lr(optimizer, lr_at(it, cfg))
+            figures, finite = train_step(
+                ddp_model, criterion, optimizer, scaler, pairs, cfg, hardware.precision
+            )
+            if cfg.ema_decay:
+                update_average(average, network, it, cfg.ema_decay)
+            meter.add(figures, finite)
+            clock.images += plan_of(it, cfg)[0]
+            bar.update(1)
+
+            # Log, validate, save. Only reading values waits for a GPU.
+            last = it == cfg.total_iters
+            if it % cfg.print_freq == 0 or last:
+                means = meter.means()
+                log_step(log, cfg, it, means, lr, clock, batches)
+                if means["skipped_in_a_row"] >= 50:
+                    advice = "try a lower lr, --grad_clip=1 or --amp=none, with --resume=never"
+                    raise UserError(f"stopped: no finite loss in 50 steps; {advice}")
+                meter.reset()
+                clock.restart(it)
+                batches.wait = 0.0
+            if val_sets and (it % cfg.val_freq == 0 or last):
+                bar.set_postfix_str("validating")
+                with clock.paused(device):
+                    if validate(average, val_sets, cfg, hardware, it, best, folder, log):
+                        save_network("best", it)
+                    network.train()
+            if it % cfg.save_checkpoint_freq == 0 or last:
+                with clock.paused(device):
+                    # Spoilt weights would push sound checkpoints out.
+                    if last or meter.skipped_in_a_row() < 9:
+                        save(it)
+            if device.type == "cpu" or it % cfg.print_freq == 0:
+                bar.set_postfix_str(f"loss {figures['loss'].item():.2e}, lr {lr:.1e}")
+    log(f"finished: the weights are in {folder / 'models'}; to go on, raise --total_iters")
+    del lock
+    return 0
+
+
+def describe_run(
+    log: Log,
+    cfg: Config,
+    folder: Path,
+    start: int,
+    changes: list[str],
+    dataset: PairedImageDataset,
+    val_sets: dict[str, ValidationImages],
+    notices: list[str],
+) -> None:
+    if cfg.eval_only:
+        log(f"{folder}: evaluating" + (f" iteration {start:,}" if start else ""))
+    elif start:
+        log(f"{folder}: continuing after iteration {start:,}")
+    else:
+        log(f"{folder}: starting")
+    unchanged = "as before" if start else "the defaults"
+    log(f"options: {', '.join(changes) or unchanged}")
+    sets = ", ".join(f"{name} ({len(images)})" for name, images in val_sets.items()) or "none"
+    training = "synthetic"
+    if dataset.pairs:
+        kind = "pair" if cfg.dataroot_lq else "image"
+        training = f"{len(dataset):,} {kind}(s)"
+    if cfg.eval_only:
+        log(f"data: validation: {sets}")
+    else:
+        log(f"data: {training}; validation: {sets}")
+    for notice in notices:
+        log(f"note: {notice}")
+
+
+def describe_network(
+    log: Log, network: nn.Module, hardware: "Hardware", not_compiled: str | None
+) -> None:
+    device = hardware.device
+    count = sum(p.numel() for p in network.parameters())
+    ranks = f"{hardware.world} rank(s) x {hardware.accumulate} micro-batch(es)"
+    text = f"network: {count:,} parameters; torch {torch.__version__}, {device}"
+    text += f", {hardware.precision}, {ranks}"
+    if device.type == "cpu":
+        text += f", {torch.get_num_threads()} thread(s)"
+    elif not_compiled:
+        text += f"; not compiled: {not_compiled}"
+    log(text)
+
+
+def log_step(
+    log: Log,
+    cfg: Config,
+    it: int,
+    means: dict[str, float],
+    lr: float,
+    clock: "Clock",
+    batches: Prefetcher,
+) -> None:
+    """The line and the event of training. `means` have been read, so the device has finished."""
+    seconds, steps = clock.read(it)
+    waiting = batches.wait / seconds
+    speed = clock.images / seconds
+    left = tqdm.format_interval(seconds / steps * (cfg.total_iters - it))
+    text = f"iter {it:,}/{cfg.total_iters:,}: loss {means['loss']:.4e}, lr {lr:.2e}"
+    for name in parse_loss(cfg.loss):
+        if name in means:
+            text += f", {name} {means[name]:.4e}"
+    text += f", {speed:.1f} img/s, {left} left, {waiting:.0%} waiting for data"
+    if means["skipped"]:
+        text += f", {means['skipped']:.0f} skipped"
+    if waiting > 0.25 and clock.warm:
+        text += " (try data.py pack or --num_workers)"
+    values = {name: value for name, value in means.items() if name != "skipped_in_a_row"}
+    values |= {"lr": lr, "time": seconds / steps, "data_time": batches.wait / steps}
+    values |= {"img_per_s": speed, "max_mem_gb": torch.cuda.max_memory_allocated() / 1e9 or None}
+    log.event("train", text, it, **values)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
+    """All parameter groups have it, times their "lr_scale" if they have one."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+    return lr
+
+
+# Options: from config files and the command line
+
+
+def load_config(argv: list[str]) -> Config:
+    """The Config of a command line. SystemExit, with a sentence, if anything is wrong with it."""
+    try:
+        cfg = read_config(argv)
+        check(cfg)
+    except UserError as error:
+        raise SystemExit(str(error)) from None
+    return cfg
+
+
+def read_config(argv: list[str]) -> Config:
+    """Files first, in order, then options; types and bounds are checked. Raises UserError."""
+    if {"-h", "--help"} & set(argv):
+        print(f"{__doc__}\nAll options:\n\n{inspect.getsource(Config)}", flush=True)
+        raise SystemExit(0)
+    values = vars(Config())
+    sources = dict.fromkeys(values, "a default")
+    hints = get_type_hints(Config)
+    files = [arg for arg in argv if not arg.startswith("-")]
+    options = [arg for arg in argv if arg.startswith("-")]
+    for arg in options:
+        if "=" not in arg:
+            check_known(option_name(arg), arg)
+            raise UserError(f"{arg}: options are written with their value, as {arg}=VALUE")
+    for path in files:
+        for name, value in read_file(path).items():
+            check_known(name, path)
+            values[name], sources[name] = value, path
+    for arg in options:
+        name, text = option_name(arg), arg.partition("=")[2]
+        check_known(name, arg)
+        values[name], sources[name] = from_text(text, hints[name]), arg
+
+    rules = Rules(values)
+    for name in values:
+        value = conform(getattr(rules, name), hints[name], name, sources[name])
+        values[name] = value
+    # The scale comes first: others often follow from it.
+    for name in ("scale", *values):
+        check_bounds(name, values[name])
+    return Config(**values)
+
+
+def read_file(path: str) -> dict[str, Any]:
+    """The public names of a config file. Modules that it imports are no options."""
+    try:
+        names = run_path(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such config file (options are --key=value)") from None
+    except BaseException as error:
+        raise UserError(f"{path} is no config file (options are --key=value): {error!r}") from None
+    public = {}
+    for name, value in names.items():
+        if not name.startswith("_") and not inspect.ismodule(value):
+            public[name] = value
+    return public
+
+
+def option_name(arg: str) -> str:
+    """batch_size of --batch-size=8."""
+    return arg.lstrip("-").partition("=")[0].replace("-", "_")
+
+
+def check_known(name: str, source: str) -> None:
+    known = list(vars(Config()))
+    if name in known:
+        return
+    aliases = {"manual_seed": "seed", "total_iter": "total_iters", "warmup_iter": "warmup_iters"}
+    near = difflib.get_close_matches(aliases.get(name, name.lower()), known, 2)
+    if name in aliases:
+        near = [aliases[name]]
+    advice = f"did you mean {' or '.join(near)}?" if near else "train.py --help lists them all"
+    if not source.startswith("-"):
+        advice += " (names of helpers in a config begin with _)"
+    raise UserError(f"{source}: unknown option {name}; {advice}")
+
+
+class Rules:
+    """What a rule such as `lr = lambda cfg: ...` sees: options, those that are rules computed."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self._values = values
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self._values:
+            raise AttributeError(f"there is no option {name}")
+        value = self._values[name]
+        if not inspect.isfunction(value):
+            return value
+        try:
+            return value(self)
+        except RecursionError:
+            raise UserError(f"{name}: this rule follows from itself") from None
+
+
+def from_text(text: str, hint: Any) -> Any:
+    """A value of the command line as Python has it. What doesn't fit `hint` stays text."""
+    kinds = alternatives(hint)
+    if text == "None" and NoneType in kinds:
+        return None
+    if takes_text(kinds):
+        lists = any(get_origin(kind) is tuple for kind in kinds)
+        return tuple(word.strip() for word in text.split(",")) if lists and "," in text else text
+    text = {"true": "True", "false": "False"}.get(text, text)
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
+
+
+def takes_text(kinds: list[Any]) -> bool:
+    for kind in kinds:
+        if kind is str or kind == tuple[str, ...]:
+            return True
+        if get_origin(kind) is Literal and isinstance(get_args(kind)[0], str):
+            return True
+    return False
+
+
+def alternatives(hint: Any) -> list[Any]:
+    """[int, NoneType] of int | None."""
+    return list(get_args(hint)) if get_origin(hint) in (Union, UnionType) else [hint]
+
+
+def conform(value: Any, hint: Any, name: str, source: str) -> Any:
+    """The value as its type hint says. Raises UserError for one of another type."""
+    for kind in alternatives(hint):
+        with contextlib.suppress(TypeError, OverflowError):
+            return conform_to_kind(value, kind)
+    if get_origin(hint) is Literal:
+        wanted = " or ".join(repr(choice) for choice in get_args(hint))
+    else:
+        wanted = inspect.formatannotation(hint).replace("NoneType", "None")
+    raise UserError(f"{source}: {name} must be {wanted}, not {value!r:.60} (see train.py --help)")
+
+
+def conform_to_kind(value: Any, kind: Any) -> Any:
+    """Raises TypeError, or OverflowError for a number that is too large."""
+    if get_origin(kind) is Literal:
+        for choice in get_args(kind):
+            if type(value) is type(choice) and value == choice:
+                return choice
+    elif get_origin(kind) is tuple:
+        return conform_to_tuple(value, get_args(kind))
+    elif kind is float and type(value) in (int, float):
+        return float(value)
+    elif kind is int and type(value) is float and value.is_integer():
+        return int(value)  # 1e4
+    elif kind is str and isinstance(value, Path):
+        return str(value)
+    elif type(value) is kind:
+        return value
+    raise TypeError
+
+
+def conform_to_tuple(value: Any, kinds: tuple[Any, ...]) -> tuple:
+    """`kinds`: (int, ...) for any number of entries, or one for each."""
+    if isinstance(value, list | tuple):
+        entries = value
+    elif value is None:
+        raise TypeError
+    else:
+        entries = (value,)
+    if kinds[-1] is Ellipsis:
+        kinds = (kinds[0],) * len(entries)
+    if len(kinds) != len(entries):
+        raise TypeError
+    return tuple(conform_to_kind(entry, kind) for entry, kind in zip(entries, kinds, strict=True))
+
+
+def check_bounds(name: str, value: Any) -> None:
+    low, high = BOUNDS.get(name, (None, None))
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            continue
+        too_low = low is not None and number < low
+        too_high = high is not None and number > high
+        if too_low or too_high or not abs(number) < 2**63:
+            limits = f"at least {low}" if low is not None else "finite"
+            if high is not None:
+                limits += f", at most {high}"
+            raise UserError(f"{name}={value!r:.60} can't work: it must be {limits}")
+
+
+def check(cfg: Config) -> None:
+    """Raises UserError for options that can't work together."""
+
+    def need(fine: bool, name: str, wanted: str) -> None:
+        if not fine:
+            raise UserError(f"{name}={getattr(cfg, name)!r:.60} can't work: it must be {wanted}")
+
+    plain = Path(cfg.name).name == cfg.name.rstrip(".") != "" and cfg.name.isprintable()
+    need(plain, "name", "a plain name")
+    need(
+        (cfg.upsampler == "") == (cfg.scale == 1),
+        "upsampler",
+        "'' for scale=1, else as in configs/*_sr.py",
+    )
+    if not cfg.dataroot_lq:
+        flat = cfg.degradation in ("noise", "jpeg")
+        fits = cfg.scale == 1 if flat else cfg.scale > 1 or cfg.degradation != "bicubic"
+        need(fits, "degradation", "bicubic or your own for scale > 1 only")
+    unit = cfg.scale * cfg.window_size
+    need(cfg.gt_size % unit == 0, "gt_size", f"N x {unit} (scale x window_size)")
+    tables = {"network": NETWORKS, "optimizer": OPTIMIZERS, "scheduler": SCHEDULES}
+    for name, table in tables.items():
+        need(getattr(cfg, name) in table, name, " or ".join(table))
+    for measure in cfg.measures or ():
+        need(measure in MEASURES, "measures", f"names of {', '.join(MEASURES)}")
+    for name, loss in parse_loss_checked(cfg.loss).items():
+        need(math.isfinite(loss), "loss", f"a sum of terms with finite weights, unlike {name}'s")
+
+
+def parse_loss_checked(text: str) -> dict[str, float]:
+    try:
+        return parse_loss(text)
+    except metrics.UserError as error:
+        raise UserError(str(error)) from None
+
+
+def check_resume(
+    cfg: Config, state: dict[str, Any], folder: Path, val_sets: dict[str, Any]
+) -> list[str]:
+    """What differs from the checkpoint, or from the defaults, for the log. Raises UserError for
+    what can't change in a run that has started."""
+    start, old = state["iter"], state["config"]
+    if cfg.eval_only:
+        if not start and not cfg.pretrain_network:
+            raise UserError(f"eval_only: no checkpoint in {folder}; give --pretrain_network")
+        if not val_sets:
+            raise UserError("eval_only: give val_gt and val_lq")
+    changed = {k: (old[k], v) for k, v in vars(cfg).items() if old.get(k, v) != v}
+    if not start:
+        return [f"{name}={value}" for name, (_, value) in changed.items()]
+
+    fixed = [*FIXED_ON_RESUME, *degradation_options(cfg.degradation)]
+    if not cfg.dataroot_gt:
+        fixed.append("dataroot_gt")  # it may have been forgotten
+    if cfg.eval_only:
+        fixed = ["network", "scale", *NETWORK_OPTIONS]
+        if cfg.pretrain_network:
+            fixed.append("pretrain_network")
+        fixed.remove("use_checkpoint")
+    texts = {name: f"{name}: {before} -> {now}" for name, (before, now) in changed.items()}
+    refused = [text for name, text in texts.items() if name in fixed]
+    if refused:
+        advice = "give the old value, another --name, or --resume=never"
+        raise UserError(f"{', '.join(refused)} can't change in a run that has started: {advice}")
+    return list(texts.values())
+
+
+# Plumbing: no experiment needs to change what follows.
+
+# The machine
+
+
+class Hardware(NamedTuple):
+    rank: int
+    world: int  # number of ranks
+    device: torch.device
+    precision: str  # bf16, fp16, tf32, none
+    accumulate: int  # micro-batches per step and rank
+    use_checkpoint: bool  # recompute activations, because memory demands it
+
+
+def find_hardware(cfg: Config) -> Hardware:
+    """What "auto" and None stand for on this machine, whose settings are made here."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = find_device(cfg)
+    precision = cfg.amp
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = cfg.amp != "none"
         torch.set_float32_matmul_precision("highest" if cfg.amp == "none" else "high")
-        bf16 = torch.cuda.get_device_capability() >= (8, 0)
-    if kind == "cpu" and sys.platform == "linux":  # freed memory is kept: new pages can cost half of a step
-        for option, value in ((-4, 0), (-1, 2**31 - 1)):  # glibc's M_MMAP_MAX, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, value)
-    kept = 4 * 15 * cfg.embed_dim * sum(cfg.depths) * (cfg.gt_size / cfg.scale) ** 2  # bytes a sample, about
-    heavy = kind == "cpu" and cfg.batch_size // world * kept > 4e9
-    accumulate = cfg.accumulate or (cfg.batch_size // world if heavy else 1)
-    cfg.use_checkpoint |= heavy and kept > 4e9
-    device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
-    auto = "bf16" if bf16 else "tf32" if kind == "cuda" else "none"
-    return device, auto if cfg.amp == "auto" else cfg.amp, accumulate
+        if precision == "auto":
+            has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+            precision = "bf16" if has_bf16 else "tf32"
+    elif precision == "auto":
+        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)
+        precision = "bf16" if device.type == "cpu" and has_bf16() else "none"
+    if device.type == "cpu" and sys.platform == "linux":
+        keep_freed_memory()
+    accumulate, use_checkpoint = fit_memory(cfg, device, world)
+    return Hardware(rank, world, device, precision, accumulate, use_checkpoint)
+
+
+def find_device(cfg: Config) -> torch.device:
+    found = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    kind = cfg.device
+    if kind == "auto":
+        kind = next(name for name, there in found.items() if there)
+    if not found[kind]:
+        raise UserError(
+            f"device={kind}: PyTorch finds none here; --device=auto takes what there is"
+        )
+    if kind == "cuda":
+        # Slurm may show each task one GPU only.
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
+    return torch.device(kind)
+
+
+def keep_freed_memory() -> None:
+    """glibc keeps what is freed: to get new pages from the system can cost half of a step."""
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def fit_memory(cfg: Config, device: torch.device, world: int) -> tuple[int, bool]:
+    """(micro-batches per step and rank, whether to recompute activations).
+
+    On a CPU, a SwinIR whose activations would take more than 4 GB gets one sample at a time.
+    """
+    accumulate, use_checkpoint = cfg.accumulate or 1, False
+    if device.type == "cpu" and cfg.network == "swinir":
+        pixels = (cfg.gt_size / cfg.scale) ** 2
+        bytes_per_sample = 4 * 15 * cfg.embed_dim * sum(cfg.depths) * pixels  # about
+        samples = cfg.batch_size // world
+        if samples * bytes_per_sample > 4e9:
+            accumulate = cfg.accumulate or samples
+            use_checkpoint = bytes_per_sample > 4e9
+    return accumulate, use_checkpoint
+
+
+def set_threads(device: torch.device, before: int | None) -> None:
+    """Threads on a CPU: OMP_NUM_THREADS, or as many as before a restart, or as cores are free."""
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(before or free_cores(), torch.get_num_threads()))
+
+
+def compile_layers(network: nn.Module, cfg: Config, device: torch.device) -> str | None:
+    """Compiles what is alike once, in place, so that state dicts have no prefix. Returns what is
+    missing where "auto" goes on without."""
+    if cfg.compile == "off":
+        return None
+    missing = why_not_compiled(device) if cfg.compile == "auto" else None
+    if not missing:
+        for layer in getattr(network, "layers", [network]):
+            layer.compile()
+    return missing
 
 
 def why_not_compiled(device: torch.device) -> str | None:
-    """What torch.compile lacks here, in words; None if nothing. On a CPU it takes long and gains little."""
+    """What torch.compile lacks here. On a CPU it takes long and gains little."""
     if device.type != "cuda" or sys.platform != "linux":
-        return "only on CUDA under Linux, unless compile=on"
+        return "only for CUDA on Linux, unless compile=on"
     major, minor = torch.cuda.get_device_capability(device)
     if major < 7:
         return f"the GPU has capability {major}.{minor}, Triton needs 7.0"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is missing"
-    if not any(map(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang", "cc")))):
+    compilers = [os.environ.get("CC", ""), "gcc", "clang", "cc"]
+    if not any(shutil.which(name) for name in compilers if name):
         return "no C compiler is found (install gcc)"
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         return "Python.h is missing (install python3-dev)"
     return None
 
 
-def open_data(cfg: Config) -> tuple[PairedImageDataset, dict[str, ValidationImages]]:
-    """The training pairs, and the validation sets by name."""
-    gt, lq = (v if isinstance(v, tuple) else (v,) for v in (cfg.val_gt, cfg.val_lq))
-    need(not cfg.val_lq or (cfg.val_gt and len(lq) == len(gt)), "give one val_lq for each val_gt")
-    val_sets, shared = {}, {k: getattr(cfg, k) for k in ("degradation", "scale", "in_chans", "filename_tmpl")}
-    shared |= {"sigma": np.max(cfg.sigma), "quality": np.min(cfg.quality), "crop_border": cfg.crop_border}
-    wanted = (cfg.val_freq or cfg.eval_only) and (cfg.val_gt or not cfg.dataroot_lq)
-    for i, root in enumerate(gt if wanted else ()):
-        name = Path(os.path.abspath(root)).stem if root else "synthetic"
-        name += f"_{i + 1}" * (name in val_sets)  # folders of the same name
-        val_sets[name] = ValidationImages(root, lq[i] if cfg.val_lq else None, **shared)
-    return PairedImageDataset(**options_of(PairedImageDataset, cfg) if not cfg.eval_only else {}), val_sets
+# Ranks
 
 
-def open_folder(folder: Path, cfg: Config, file: Any = None) -> Any:
-    """Makes experiments/<name>; the open file locks it until the process ends, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(ImportError):  # Windows has no fcntl, and so no lock
-        import fcntl
+def start_ranks(hardware: Hardware) -> None:
+    if hardware.world > 1 and not dist.is_initialized():
+        # Each backend for the tensors on its device.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if hardware.device.type == "cuda" else "gloo")
 
+
+def wait_for_all(world: int) -> None:
+    """Rank 0 may move the folder away: first, all have to have read their files."""
+    if world > 1:
+        dist.barrier()
+
+
+def distribute(network: nn.Module, world: int) -> nn.Module:
+    if world == 1:
+        return network
+    ddp_model = nn.parallel.DistributedDataParallel(network)
+    ddp_model.broadcast_buffers = False  # evaluate() shares them
+    # DDP orders its buckets, and so how sums round, by a first backward. A restart must agree.
+    network.eval()
+    device = next(network.parameters()).device
+    side = network.multiple
+    ddp_model(torch.zeros(1, network.in_chans, side, side, device=device)).sum().backward()
+    network.train()
+    return ddp_model
+
+
+# Checkpoints
+
+EMPTY_STATE: dict[str, Any] = {"iter": 0, "best": {}, "config": vars(Config())}
+
+
+def write_network(
+    path: Path,
+    network: nn.Module,
+    average: nn.Module,
+    cfg: Config,
+    hardware: Hardware,
+    it: int,
+) -> None:
+    if hardware.rank > 0:
+        return
+    shared: dict[Any, Tensor] = {}
+    content = {
+        "params": portable(network.state_dict(), shared),
+        "params_ema": portable(average.state_dict(), shared),
+        "arguments": network.arguments,
+        "network": cfg.network,
+        "iter": it,
+    }
+    write_file(path, content)
+
+
+def write_state(
+    folder: Path,
+    it: int,
+    best: dict[str, list[float]],
+    cfg: Config,
+    parts: dict[str, Any],
+    hardware: Hardware,
+) -> None:
+    """What a restart needs besides the weights. Old checkpoints go, all but the last few."""
+    content = {name: part.state_dict() for name, part in parts.items()}  # by all ranks
+    if hardware.rank > 0:
+        return
+    content |= {"iter": it, "best": best, "config": vars(cfg)}
+    content["threads"] = torch.get_num_threads()
+    write_file(folder / "training_states" / f"{it}.state", content)
+    if cfg.keep_last:
+        earlier = [old for old in saved_iterations(folder) if old <= it]  # later ones are damaged
+        for old in earlier[: -cfg.keep_last]:
+            (folder / "models" / f"net_g_{old}.pth").unlink(missing_ok=True)
+            (folder / "training_states" / f"{old}.state").unlink()
+
+
+def saved_iterations(folder: Path) -> list[int]:
+    names = [path.stem for path in folder.glob("training_states/*.state")]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def last_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(state, weights) of the newest checkpoint that is whole. Those that aren't are named."""
+    for it in reversed(saved_iterations(folder)):
         try:
-            fcntl.lockf(file := open(folder / ".lock", "w"), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SystemExit(f"{folder} is in use by another run: wait, or give this one a --name") from None
-    bare = any(folder.glob("models/*.pth")) and not any(folder.glob("training_states/*.state"))
-    if not cfg.eval_only and (bare or (cfg.resume == "never" and (folder / "config.json").exists())):
-        archive = folder.rename(folder.with_name(f"{cfg.name}_archived_{time.strftime('%Y%m%d_%H%M%S')}"))
-        print(f"{folder} {'has no training states, so it ' * bare}was moved to {archive}")
-        return open_folder(folder, cfg)
-    return file
+            state = load_checked(folder / "training_states" / f"{it}.state")
+            weights = load_checked(folder / "models" / f"net_g_{it}.pth")
+        except UserError as error:
+            print(f"warning: {error}: the one before is used, if any", file=sys.stderr)
+            continue
+        return state, weights
+    return EMPTY_STATE, {}
 
 
-def write(path: Path, content: Any) -> None:
-    """Writes text, or an object by torch.save, so that `path` is always whole: the old content or the new."""
+def load_checked(path: Path) -> dict[str, Any]:
+    try:
+        if zipfile.ZipFile(path).testzip():  # torch.load compares no checksums
+            raise ValueError
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # unpickling a damaged file raises anything
+        raise UserError(f"{path} is damaged or missing") from None
+
+
+def restore_parts(parts: dict[str, Any], state: dict[str, Any], log: Log) -> None:
+    for name, part in parts.items():
+        if name not in state:
+            log(f"note: the checkpoint has no {name}: it starts from the beginning")
+            continue
+        content = state[name]
+        if isinstance(part, torch.optim.Optimizer):  # lr, betas... may have been edited
+            content = content | {"param_groups": part.state_dict()["param_groups"]}
+        if content:  # a disabled GradScaler has none
+            part.load_state_dict(content)
+
+
+def write_file(path: Path, content: Any) -> None:
+    """Writes text, or an object by torch.save. The file is always whole: old or new."""
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(exist_ok=True)
-        partial.write_text(content) if isinstance(content, str) else torch.save(content, partial)
+        if isinstance(content, str):
+            partial.write_text(content, encoding="utf-8")
+        else:
+            torch.save(content, partial)
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         partial.unlink(missing_ok=True)
-        raise SystemExit(f"{path} can't be written: {error}\nThe same command goes on") from None
+        if "DataLoader worker" in str(error):
+            raise
+        raise UserError(f"{path} can't be written: {error}; the same command goes on") from None
 
 
-def set_threads(device: torch.device, before: int | None) -> int:
-    """Threads for the CPU: OMP_NUM_THREADS, or as many as `before` a restart, or as cores are free."""
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(before or free_cores(), torch.get_num_threads()))
-    return torch.get_num_threads()
+def open_folder(folder: Path, cfg: Config, rank: int = 0) -> Any:
+    """Makes experiments/<name>. The file that is returned locks it as long as it is open."""
+    if rank > 0:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(folder)
+    has_networks = any(folder.glob("models/*.pth"))
+    stateless = has_networks and not any(folder.glob("training_states/*.state"))
+    unwanted = cfg.resume == "never" and (folder / "config.json").exists()
+    if cfg.eval_only or not (stateless or unwanted):
+        return lock
+    archive = folder.with_name(f"{cfg.name}_archived_{time.strftime('%Y%m%d_%H%M%S')}")
+    folder.rename(archive)
+    reason = "has no training states, so it was" if stateless else "was"
+    print(f"{folder} {reason} moved to {archive}")
+    return open_folder(folder, cfg)
 
 
-def last_checkpoint(folder: Path) -> tuple[dict, dict]:
-    """(state, weights) of the newest checkpoint that is whole, with a warning for those that aren't."""
-    for state in sorted(folder.glob("training_states/*.state"), key=lambda p: int(p.stem), reverse=True):
-        try:
-            for path in (paths := (state, folder / "models" / f"net_g_{state.stem}.pth")):
-                need(not zipfile.ZipFile(path).testzip(), "damaged")  # torch.load compares no checksums
-            return tuple(torch.load(path := p, map_location="cpu", weights_only=True) for p in paths)
-        except Exception:
-            print(f"warning: {path} is damaged or missing: the one before is used, if any", file=sys.stderr)
-    return {"iter": 0, "best": {}, "config": vars(Config()), "sums": torch.zeros(1, 5)}, {}
+def lock_folder(folder: Path) -> Any:
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such locks, and renames no folder with an open file
+        return None
+    file = open(folder / ".lock", "w")  # noqa: SIM115  it stays open
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        advice = "wait, or give this one a --name"
+        raise UserError(f"{folder} is in use by another run: {advice}") from None
+    return file
 
 
-def main(cfg: Config) -> int | None:
-    """Trains; returns the exit code: None or 0, 1 for a damaged image, 128 + the signal that stopped it."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device, amp, accumulate = hardware(cfg, world)
-    cuda, cpu = device.type == "cuda", device.type == "cpu"
-    dataset, val_sets = open_data(cfg)
-    torch.manual_seed(cfg.seed)
-    net = SwinIR(img_size=cfg.gt_size // cfg.scale, upscale=cfg.scale, **options_of(SwinIR, cfg))
-    if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")  # each for the tensors there
+# Signals and time
 
-    def reduced(x: torch.Tensor, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
+
+class StopRequests:
+    """Hears signals until it is left. SIGUSR1: save. Ctrl-C, SIGTERM, SIGHUP: save and stop.
+
+    `exit_code`: 0 to go on, else what the run returns when it has saved.
+    """
+
+    def __init__(self, max_hours: float | None) -> None:
+        self.exit_code = 0
+        self.save = False
+        self.end = math.inf
+        if max_hours is not None:
+            self.end = time.perf_counter() + 3600 * max_hours
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequests":
+        if threading.current_thread() is not threading.main_thread():
+            return self  # only the main thread can hear signals
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+            number = getattr(signal, name, None)
+            if number is None:
+                continue
+            if name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup
+            self.before[number] = signal.signal(number, self.hear)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def hear(self, number: int, frame: Any) -> None:
+        if number == getattr(signal, "SIGUSR1", None):
+            self.save = True
+            return
+        self.exit_code = 128 + number
+        # A second Ctrl-C stops at once. Of SIGTERM, Slurm sends several.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # the terminal may have been closed
+            os.write(2, b"\nstopping after this iteration or validation; Ctrl-C again: at once\n")
+
+    def stop_with(self, error: UnreadableImage) -> None:
+        """On any rank."""
+        self.exit_code = self.exit_code or 1
+        tqdm.write(f"error: {error}; repair or remove it, and the same command goes on")
+
+    def agree(self, world: int) -> tuple[bool, bool, int]:
+        """(save, stop, exit code), the same on all ranks."""
+        late = time.perf_counter() > self.end
+        wishes = torch.tensor([self.save, late or self.exit_code > 0, self.exit_code])
+        self.save = False
         if world > 1:
-            dist.all_reduce(x, op)
-        return x
+            dist.all_reduce(wishes, dist.ReduceOp.MAX)
+        save, stop, code = wishes.tolist()
+        return bool(save), bool(stop), code
 
-    folder = Path("experiments") / cfg.name  # what must be refused is, before it is touched
-    state, weights = last_checkpoint(folder if cfg.resume == "auto" or cfg.eval_only else folder / "moved")
-    start, best, before = (state[k] for k in ("iter", "best", "config"))
-    threads = set_threads(device, state.get("threads"))
-    how, at = ("{}: {} -> {}", f" iteration {start:,}") if start else ("{0}={2}", "")
-    changed = {k: how.format(k, before[k], v) for k, v in vars(cfg).items() if before.get(k, v) != v}
-    fixed = {*options_of(SwinIR, cfg), "scale", *["pretrain_network"] * bool(cfg.pretrain_network)}
-    if not cfg.eval_only:
-        numbers = SampleNumbers(cfg.batch_size, rank, world, start, accumulate)
-        fixed |= {"seed", "batch_size", "optimizer", "degradation", "sigma", "quality", "pretrain_network"}
-        fixed |= set() if cfg.dataroot_gt else {"dataroot_gt"}  # it may have been forgotten
-    else:
-        need(start or cfg.pretrain_network, f"eval_only: no checkpoint in {folder}; give --pretrain_network")
-        need(val_sets, "eval_only: give val_gt and val_lq")
-    if start and (fixed := [text for k, text in changed.items() if k in fixed - {"use_checkpoint"}]):
-        raise SystemExit(f"{', '.join(fixed)} must stay: give the old one, another --name, or --resume=never")
-    if cfg.pretrain_network and not start:
-        dataset.notices += [load_weights(net, cfg.pretrain_network, cfg.param_key, cfg.strict_load)]
-    _lock = open_folder(folder, cfg) if reduced(torch.ones(1)) and rank == 0 else None  # once all have read
-    kept = 2**62 if cfg.eval_only else start  # an evaluation takes nothing back
-    log = Log(folder, kept, cfg.use_tb_logger, cfg.wandb, vars(cfg)) if rank == 0 else lambda *x, **y: None
-    log(f"{folder}: {'evaluating' if cfg.eval_only else 'continuing after' if start else 'starting'}{at}")
-    log(f"options: {', '.join(changed.values()) or ('as before' if start else 'the defaults')}")
-    found = f"{len(dataset):,} {'pair' if cfg.dataroot_lq else 'image'}(s)" if dataset.pairs else "synthetic"
-    sets = ", ".join(f"{k} ({len(v)})" for k, v in val_sets.items()) or "none"
-    log("\nnote: ".join([f"data: {found}; " * (not cfg.eval_only) + f"validation: {sets}", *dataset.notices]))
-    net.to(device, memory_format=torch.channels_last)
-    ema = copy.deepcopy(net).requires_grad_(False) if cfg.ema_decay else net
-    params, averages = list(net.parameters()), list(ema.parameters())
-    adam = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[cfg.optimizer]
-    optimizer = adam(params, cfg.lr, cfg.betas, weight_decay=cfg.weight_decay, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-    sums = state["sums"][rank % len(state["sums"])].to(device)  # loss, norm, good, bad steps; bad in a row
-    if start:
-        ema.load_state_dict(weights["params_ema"])
-        net.load_state_dict(weights["params"])
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]["state"]})
-        scaler.load_state_dict(state["scaler"] or scaler.state_dict())
-    model = torch.nn.parallel.DistributedDataParallel(net) if world > 1 else net
-    if world > 1:  # a first backward sets its buckets, and so how sums round: a restart must agree in them
-        model(torch.zeros(1, cfg.in_chans, *[cfg.window_size] * 2, device=device)).sum().backward()
-    missing = why_not_compiled(device) if cfg.compile == "auto" else None
-    if cfg.compile == "on" or (cfg.compile == "auto" and not missing):
-        for layer in net.layers:  # in place: no prefix in the state dict; alike: one compilation serves all
-            layer.compile()
-    model.broadcast_buffers = False  # DDP's; as an argument it is deprecated, and its new name too new
-    work = f"{device}, {amp}, {world} rank(s) x {accumulate} micro-batch(es)"
-    work += (
-        f", {torch.get_num_threads()} thread(s)" if cpu else f"; not compiled: {missing}" if missing else ""
-    )
-    log(f"network: {sum(p.numel() for p in params):,} parameters; torch {torch.__version__}, {work}")
 
-    def validate(it: int) -> None:
-        """Each rank takes every world-th image; means run over all in order, whatever the number of ranks."""
-        made = {"noise": f"sigma {np.max(cfg.sigma):g}, seed 0", "jpeg": f"quality {np.min(cfg.quality):g}"}
-        made = "pairs" if cfg.val_lq else made.get(cfg.degradation, cfg.degradation)
-        colour = "gray" if cfg.in_chans == 1 else "Y" if cfg.test_y_channel else "RGB"
-        protocol = f"{colour}, border {cfg.crop_border}, {made}" + ", padded by a window" * cfg.pad_window
-        window, measures = cfg.window_size, (psnr, ssim, psnrb) if cfg.degradation == "jpeg" else (psnr, ssim)
-        for dataset, images in val_sets.items():
-            pictures, scores = {}, torch.zeros(len(images), 1 + len(measures), dtype=torch.float64)
-            exact = torch.zeros(len(images))
-            for i in range(rank, len(images), world):
-                name, lq, gt = images[i].values()
-                x, (h, w), peak = lq[None], gt.shape[:2], np.iinfo(gt.dtype).max
-                for dim in (2, 3) if cfg.pad_window else ():
-                    x = torch.cat([x, x.flip(dim)], dim).split((x.shape[dim] // window + 1) * window, dim)[0]
-                pair = (i.clamp(0, 1).mul(peak).round() for i in (lq, restore(ema.eval(), x)[0, :, :h, :w]))
-                lq, out = (i.permute(1, 2, 0).numpy().astype(gt.dtype) for i in pair)
-                lq = imresize(lq, cfg.scale) if cfg.scale > 1 else lq
-                how = gt, cfg.crop_border, cfg.test_y_channel
-                values = [psnr(lq, *how)] + [measure(out, *how) for measure in measures]
-                exact[i] = math.isinf(values[1])
-                # An exact image would be infinite: 60 dB, about what rounding to 8 bits alone leaves
-                scores[i] = scores.new_tensor([min(value, MOST_PSNR) for value in values])
-                if cfg.save_img:
-                    path = folder / "visualization" / dataset / f"{name}_{it}.png"
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    pictures[f"{dataset}/{name}"] = picture = strip(lq, out, gt, *scores[i, :2].tolist())
-                    picture.save(path)
-            key, decides = f"{dataset}: {protocol}", dataset == next(iter(val_sets))
-            if decides and key != next(iter(best), 0) and not cfg.eval_only:  # its first key is net_g_best's
-                best.clear()
-                if rank == 0 and (old := folder / "models" / "net_g_best.pth").exists():
-                    old.rename(old.with_stem(f"net_g_best_before_{it}"))
-            before, value, similar, *unblocked = reduced(scores).mean(0).tolist()  # sums with zeros: exact
-            perfect = int(reduced(exact).sum())
-            top, when = best[key] = max(best.get(key, [value, it]), [value, it], key=lambda b: b[0])
-            entry = {"psnr": value, "ssim": similar} | dict(zip(["psnrb"], unblocked, strict=False))
-            entry |= {"input_psnr": before, "best_psnr": top, "best_iter": when, "protocol": protocol}
-            entry["exact"] = perfect
-            text = f"validation {dataset}: {value:.2f} dB, SSIM {similar:.4f}"
-            text += "".join(f", PSNR-B {x:.2f} dB" for x in unblocked) + f"; input {before:.2f} dB"
-            text += f", {perfect} image(s) exact" * (perfect > 0)
-            text += f", best {top:.2f} dB at {when:,}" * (it > 0 and not cfg.eval_only) + f" ({protocol})"
-            log(text, pictures, event="val", iter=it, dataset=dataset, eval_only=cfg.eval_only, **entry)
-            if when == it and decides:
-                save_network("best", it)
-        net.train()
+class Clock:
+    """Time and images of the steps since the last log line, without validations and saves."""
 
-    def save_network(name: Any, it: int) -> None:
-        if rank == 0 and not cfg.eval_only:
-            both = {"params": portable(net.state_dict()), "params_ema": portable(ema.state_dict())}
-            write(folder / "models" / f"net_g_{name}.pth", both | {"arguments": net.arguments, "iter": it})
+    def __init__(self, it: int) -> None:
+        self.warm = False  # the first steps compile, and wait for workers to start
+        self.restart(it)
+        self.warm = False
 
-    def save(it: int) -> None:
-        save_network(it, it)
-        content = {"iter": it, "best": best, "config": vars(cfg), "scaler": scaler.state_dict()}
-        content["threads"] = threads
-        content["sums"] = reduced(torch.eye(world)[rank, :, None] * sums.cpu())  # a row for each rank
-        if rank == 0:
-            write(folder / "training_states" / f"{it}.state", content | {"optimizer": optimizer.state_dict()})
-            saved = sorted(i for p in folder.glob("training_states/*.state") if (i := int(p.stem)) <= it)
-            for old in saved[: -cfg.keep_last] if cfg.keep_last else []:  # later ones would be damaged
-                (folder / "models" / f"net_g_{old}.pth").unlink(missing_ok=True)  # found again if killed here
-                (folder / "training_states" / f"{old}.state").unlink()
+    def restart(self, it: int) -> None:
+        self.begin = time.perf_counter()
+        self.it = it
+        self.images = 0
+        self.warm = True
 
-    if cfg.eval_only:
-        return validate(start)
-    if rank == 0 and start < cfg.total_iters:
-        write(folder / "config.json", json.dumps(vars(cfg), indent=1))
-    asked, code = {"code": 0}, 0
-    end = time.perf_counter() + 3600 * (math.inf if cfg.max_hours is None else cfg.max_hours)
+    def read(self, it: int) -> tuple[float, int]:
+        """(seconds, steps)."""
+        return time.perf_counter() - self.begin, it - self.it
 
-    def hear(number: int, frame: Any) -> None:
-        asked["save"] = True
-        if number != getattr(signal, "SIGUSR1", None):
-            asked["code"] = 128 + number
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once; not SIGTERM, of which Slurm sends several
-            with contextlib.suppress(OSError):  # the terminal may be gone
-                os.write(
-                    2, b"\nstopping after this iteration or validation; Ctrl-C again: at once, unsaved\n"
-                )
+    @contextlib.contextmanager
+    def paused(self, device: torch.device) -> Iterator[None]:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # steps that are queued are no pause
+        begin = time.perf_counter()
+        yield
+        self.begin += time.perf_counter() - begin
 
-    for name in {"SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"} & set(dir(signal)):
-        if name != "SIGHUP" or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
-            signal.signal(getattr(signal, name), hear)
-    loader = train_loader(dataset, numbers, min(cfg.num_workers, os.cpu_count() or 1), cuda)
-    autocast = torch.autocast(device.type, torch.bfloat16 if amp == "bf16" else torch.float16, "16" in amp)
-    form = "{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-    bar = tqdm(total=cfg.total_iters, initial=start, disable=None if rank == 0 else True, bar_format=form)
-    with bar, Prefetcher(loader, device) as batches:
-        since, seen = time.perf_counter(), start
-        for it in range(start + 1, cfg.total_iters + 1):
-            try:
-                pairs = [next(batches) for _ in range(accumulate)]
-            except OSError as error:  # a damaged image
-                asked["code"] = max(asked["code"], 1)
-                (log if rank == 0 else print)(f"error: {error}; mended or removed, the same command goes on")
-            wish = torch.tensor([asked.pop("save", 0), time.perf_counter() > end, asked["code"]])
-            save_now, late, code = reduced(wish, dist.ReduceOp.MAX).tolist()  # the same on all ranks
-            if it > start + 1 and (save_now or late or code):
-                save(it - 1)
-            if code or (late and it > start + 1):
-                log(f"stopped after iteration {it - 1:,}" + ", saved: the same command continues" * (it > 1))
-                break
-            # The step. DropPath draws from (seed, iteration, rank).
-            torch.manual_seed(((cfg.seed * 1_000_003 + it) * 4099 + rank) % 2**63)
-            optimizer.zero_grad()
-            lr = optimizer.param_groups[0]["lr"] = lr_at(it, cfg)
-            total = 0.0
-            for micro, (lq, gt) in enumerate(pairs):
-                model.require_backward_grad_sync = micro == accumulate - 1  # DDP's: the last sums over ranks
-                with autocast:
-                    loss = LOSSES[cfg.loss](model(lq), gt) / accumulate
-                # A loss that isn't finite spoils the gradients, and by their sum those of all ranks.
-                scaler.scale(loss * (1 + 0 * loss.detach())).backward()
-                total += (loss := loss.detach())
-                bar.update(1 / accumulate)
-            scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
-            bad = 1 - (good := norm.isfinite().float())
-            optimizer.found_inf = bad if cuda or cpu else None  # 1: the fused step does nothing, but on MPS
-            (cuda or cpu or good) and scaler.step(optimizer)
-            scaler.update()
-            if cfg.ema_decay:  # it grows to its value: in short runs 0.999 would keep the initial weights
-                with torch.no_grad():  # else each average drags a graph of all steps before
-                    torch._foreach_lerp_(averages, params, 1 - min(cfg.ema_decay, (1 + it) / (10 + it)))
-            sums += torch.stack([total.where(good > 0, 0), norm.where(good > 0, 0), good, bad, bad])
-            sums[4] *= bad
-            # The rest looks, tells and saves. Only reading values waits for the GPU.
-            steps, last = it - seen, it == cfg.total_iters
-            if it % cfg.print_freq == 0 or last:
-                loss, norm, good, bad, row = reduced(sums / world).tolist()
-                spent = time.perf_counter() - since  # after the line above has waited for the device
-                loss, norm = (x / good if good else math.nan for x in (loss, norm))
-                speed, gb = cfg.batch_size * steps / spent, torch.cuda.max_memory_allocated() / 1e9 or None
-                entry = {"loss": loss, "lr": lr, "grad_norm": norm, "skipped": bad, "time": spent / steps}
-                entry |= {"data_time": batches.wait / steps, "img_per_s": speed, "max_mem_gb": gb}
-                text = f"iter {it:,}/{cfg.total_iters:,}: loss {loss:.4e}, lr {lr:.2e}, {speed:.1f} img/s, "
-                text += f"{tqdm.format_interval(spent / steps * (cfg.total_iters - it))} left, "
-                text += f"{batches.wait / spent:.0%} waiting for data" + f", {bad:.0f} skipped" * (bad > 0)
-                text += " (try data.py pack or --num_workers)" * (batches.wait > spent / 4 and seen > start)
-                log(text, event="train", iter=it, **entry)
-                need(row < 50, "stopped: no finite loss in 50 steps; try lower lr, grad_clip=1, resume=never")
-                sums[:4] = 0
-                since, batches.wait, seen = time.perf_counter(), 0.0, it
-            validates = val_sets and (it % cfg.val_freq == 0 or last)
-            saves = (
-                it % cfg.save_checkpoint_freq == 0 and sums[4] < 9
-            ) or last  # not when weights are spoilt
-            if validates or saves:
-                sums.tolist()  # waits: steps that are queued aren't part of the pause
-            paused = time.perf_counter()
-            if validates:
-                bar.set_postfix_str("validating")
-                validate(it)
-            if saves:
-                save(it)
-            since += time.perf_counter() - paused
-            if cpu or it == start + 1 or it % cfg.print_freq == 0:
-                bar.set_postfix_str(f"loss {total.item():.2e}, lr {lr:.1e}")
-        else:
-            log(f"finished: the weights are in {folder / 'models'}; to go on, raise --total_iters")
-    return code
+
+# Entry
+
+
+USER_ERRORS = (data.UserError, metrics.UserError, model.UserError, OSError)
+
+
+def run(argv: list[str]) -> int:
+    """main() with a sentence for what a user can correct. Anything else keeps its traceback."""
+    try:
+        return main(load_config(argv))
+    except USER_ERRORS as error:
+        sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        sys.exit(f"error: {error}")
+
+
+def leave(code: int) -> None:
+    """Ends the process. DDP keeps threads of gloo, which can abort a Python that is ending."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        atexit._run_exitfuncs()  # W&B's
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save
-    try:
-        code = main(load_config(sys.argv[1:]))
-    except (OSError, RuntimeError, ValueError) as error:  # what isn't a sentence keeps its traceback
-        own = type(error) is ValueError and Path(inspect.trace()[-1].filename).parent == Path(__file__).parent
-        if not (own or isinstance(error, OSError) or "DataLoader worker" in str(error)):
-            raise
-        sys.exit(f"error: {error}")
-    if dist.is_initialized():  # DDP keeps threads of gloo, which can abort a Python that is ending
-        dist.destroy_process_group()
-        atexit._run_exitfuncs()  # W&B's
-        os._exit(print(end="", flush=True) or code or 0)
-    sys.exit(code)
+    leave(run(sys.argv[1:]))

@@ -1,19 +1,31 @@
-# JPEG artefact removal, gray (colour: --in_chans=3), quality 40, SwinIR-M with window 7: the authors' recipe.
+# JPEG artefact removal, gray (colour: --in_chans=3), quality 40, SwinIR-M with window 7: the
+# authors' recipe.
 #
-#   torchrun --nproc_per_node=8 train.py configs/jpeg.py --dataroot_gt=DIV2K,Flickr2K,WED --val_gt=classic5
+#   torchrun --nproc_per_node=8 train.py configs/jpeg.py \
+#       --dataroot_gt=DIV2K,Flickr2K,WED --val_gt=classic5
 #
-# They trained quality 30, 20 and 10 from 40: --quality=10 --pretrain_network=FILE, which halves the
-# iterations and the lr. Published on classic5 (gray, border 0): 10 30.27, 20 32.52, 30 33.73, 40 34.52 dB.
-# Not trained here.
-# Measured: 35 s a step on two CPU cores (bfloat16), so 645 days: for GPUs, on which it was not run.
+# The authors trained quality 30, 20 and 10 from 40: --quality=10 --pretrain_network=FILE, which
+# halves the iterations and the lr. Published on classic5 (PSNR, gray, border 0): 10 30.27,
+# 20 32.52, 30 33.73, 40 34.52 dB. Not trained here. A step takes 35 s on two CPU cores, so this is
+# for GPUs.
 import numpy as np
 
 name = lambda cfg: "jpeg_" + "-".join(f"{n:g}" for n in np.ravel(cfg.quality))  # 40, 10-40
-degradation, quality = "jpeg", 40
-in_chans, img_range = 1, 255
-gt_size, batch_size = 126, 8
-embed_dim, depths, num_heads, window_size, mlp_ratio = 180, (6,) * 6, (6,) * 6, 7, 2
+degradation = "jpeg"
+quality = 40
+in_chans = 1
+img_range = 255
+gt_size = 126
+batch_size = 8
+
+embed_dim = 180
+depths = (6, 6, 6, 6, 6, 6)
+num_heads = (6, 6, 6, 6, 6, 6)
+window_size = 7
+mlp_ratio = 2
+
 loss = "charbonnier"
 lr = lambda cfg: 1e-4 if cfg.pretrain_network else 2e-4
 total_iters = lambda cfg: 800_000 if cfg.pretrain_network else 1_600_000
-milestones, gamma = lambda cfg: tuple(cfg.total_iters * n // 16 for n in (8, 12, 14, 15)), 0.5
+milestones = lambda cfg: tuple(cfg.total_iters * n // 16 for n in (8, 12, 14, 15))
+gamma = 0.5

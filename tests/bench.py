@@ -32,10 +32,20 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import PairedImageDataset, Prefetcher, SampleNumbers, train_loader
-from metrics import LOSSES
+from data import PairedImageDataset, Prefetcher, dataset_options, sample_batches, train_loader
 from model import SwinIR, restore
-from train import Config, hardware, load_config, options_of
+from train import (
+    OPTIMIZERS,
+    Config,
+    autocast,
+    build_average,
+    build_loss,
+    build_network,
+    find_hardware,
+    load_config,
+    train_step,
+    update_average,
+)
 
 RECIPES = {  # the options of train.py that make them
     "denoise": ["configs/denoise.py"],
@@ -57,7 +67,11 @@ class DropPath(nn.Module):
         self.keep = 1 - rate
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * x.new_empty(len(x), 1, 1).bernoulli_(self.keep).div_(self.keep) if self.training else x
+        return (
+            x * x.new_empty(len(x), 1, 1).bernoulli_(self.keep).div_(self.keep)
+            if self.training
+            else x
+        )
 
 
 def import_peer(path: Path) -> type[nn.Module]:
@@ -67,7 +81,11 @@ def import_peer(path: Path) -> type[nn.Module]:
     except ImportError:
         for name in ("timm", "timm.models", "timm.models.layers"):
             sys.modules[name] = types.ModuleType(name)
-        used = {"DropPath": DropPath, "to_2tuple": lambda n: (n, n), "trunc_normal_": nn.init.trunc_normal_}
+        used = {
+            "DropPath": DropPath,
+            "to_2tuple": lambda n: (n, n),
+            "trunc_normal_": nn.init.trunc_normal_,
+        }
         vars(sys.modules["timm.models.layers"]).update(used)
     sys.path.insert(0, str(path.resolve()))
     from models.network_swinir import SwinIR as Official
@@ -77,45 +95,49 @@ def import_peer(path: Path) -> type[nn.Module]:
 
 def networks(cfg: Config, args: argparse.Namespace) -> dict[str, nn.Module]:
     """Ours and the peer's, with the same weights and, as is asserted, the same outputs."""
-    if sys.platform == "linux":  # back to the system, what hardware() has kept of the recipe before
+    if (
+        sys.platform == "linux"
+    ):  # back to the system, what find_hardware() has kept of the recipe before
         ctypes.CDLL(None).malloc_trim(0)
     torch.manual_seed(0)
     size = cfg.gt_size // cfg.scale
-    arguments = options_of(SwinIR, cfg) | {"img_size": size, "upscale": cfg.scale}
-    nets = {"ours": SwinIR(**arguments)}
-    if not cfg.upsampler:  # at zero, where training begins, it would hide the rest from the assertion
+    nets = {"ours": build_network(cfg)}
+    if (
+        not cfg.upsampler
+    ):  # at zero, where training begins, it would hide the rest from the assertion
         nn.init.trunc_normal_(nets["ours"].conv_last.weight, std=0.02)
     if args.peer:
-        nets["SwinIR"] = args.peer(**arguments)
+        nets["SwinIR"] = args.peer(**nets["ours"].arguments)
         nets["SwinIR"].load_state_dict(nets["ours"].state_dict())
     nets["ours"].to(memory_format=torch.channels_last)  # as train.py
     x = torch.rand(1, cfg.in_chans, size, size, device=args.device)
     with torch.no_grad():
         outputs = [net.to(args.device).eval()(x) for net in nets.values()]
-    assert torch.allclose(outputs[0], outputs[-1], atol=1e-2), "the networks differ"  # TF32 has 11 bits
+    assert torch.allclose(outputs[0], outputs[-1], atol=1e-2), (
+        "the networks differ"
+    )  # TF32 has 11 bits
     return nets
 
 
 def training_step(net: nn.Module, cfg: Config, mode: str, lq: Tensor, gt: Tensor) -> Callable:
-    """step(): as in train.py. step(False): its forward pass alone."""
-    params = list(net.train().parameters())
-    averages = [p.detach().clone() for p in params]
-    adam = torch.optim.Adam(params, cfg.lr, cfg.betas, fused=True)
-    parts = net.layers if isinstance(net, SwinIR) else [net]  # as train.py; of the authors', the whole
-    for part in parts if mode == "compiled" else ():
-        part.compile()
+    """step(): train.py's own step and average. step(False): its forward pass alone."""
+    device = lq.device
+    average = build_average(net.train())
+    criterion = build_loss(cfg, device)
+    adam = OPTIMIZERS["adam"](list(net.parameters()), cfg)
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+    precision = "none" if mode == "float32" else "bf16"
+    if mode == "compiled":  # as train.py; of the authors', the whole
+        for layer in net.layers if isinstance(net, SwinIR) else [net]:
+            layer.compile()
 
-    def step(backward: bool = True) -> Tensor:
-        with torch.autocast(lq.device.type, torch.bfloat16, mode != "float32"):
-            loss = LOSSES[cfg.loss](net(lq), gt)
-        if backward:
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(params, cfg.grad_clip or float("inf"))
-            adam.found_inf = 1 - norm.isfinite().float()
-            adam.step()
-            adam.zero_grad()
-            torch._foreach_lerp_(averages, params, 1 - cfg.ema_decay)
-        return loss
+    def step(backward: bool = True) -> Tensor | None:
+        if not backward:
+            with autocast(device, precision):
+                return sum(criterion(net(lq), gt).values())
+        train_step(net, criterion, adam, scaler, [(lq, gt)], cfg, precision)
+        update_average(average, net, 10**6, cfg.ema_decay)
+        return None
 
     return step
 
@@ -149,7 +171,9 @@ def peak_memory(run: Callable, device: str) -> tuple[float, float]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         seconds = timed(run, device)
     events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]  # below 0 where it is freed
+    sizes = [
+        e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())
+    ]  # below 0 where it is freed
     return max(accumulate(sizes)) if device == "cpu" else float("nan"), seconds
 
 
@@ -195,7 +219,10 @@ def count(net: nn.Module, step: Callable, lq: Tensor) -> tuple[float, float]:
 
 def bench_training(name: str, cfg: Config, mode: str, args: argparse.Namespace) -> None:
     torch.compiler.reset()  # lest recipes together reach the limit of recompilations
-    nets, (B, C, small) = networks(cfg, args), (cfg.batch_size, cfg.in_chans, cfg.gt_size // cfg.scale)
+    nets, (B, C, small) = (
+        networks(cfg, args),
+        (cfg.batch_size, cfg.in_chans, cfg.gt_size // cfg.scale),
+    )
     lq = torch.rand(B, C, small, small, device=args.device)
     gt = torch.rand(B, C, cfg.gt_size, cfg.gt_size, device=args.device)
     steps = {k: training_step(net, cfg, mode, lq, gt) for k, net in nets.items()}
@@ -222,7 +249,9 @@ def bench_inference(name: str, cfg: Config, mode: str, args: argparse.Namespace)
     for side in (size, size * 3 // 2 + 3, *[large] * (not slow)):  # both pad to whole windows
         x = torch.rand(1, cfg.in_chans, side, side, device=args.device)
         runs = {k: partial(infer, net, x) for k, net in nets.items()}
-        if side == large:  # ours takes tiles if memory demands it; the authors' script takes the whole
+        if (
+            side == large
+        ):  # ours takes tiles if memory demands it; the authors' script takes the whole
             runs["ours"] = partial(infer, partial(restore, nets["ours"]), x)
         try:
             cells = race(runs, args)[1]
@@ -238,7 +267,8 @@ def bench_sizes(name: str, cfg: Config, mode: str, args: argparse.Namespace) -> 
     """Time and memory against patch, batch and image size, of our network alone."""
     net, w, C = networks(cfg, args)["ours"], cfg.window_size, cfg.in_chans
     patches = [
-        (cfg.batch_size, side) for side in ((2 * w, 3 * w) if args.quick else range(4 * w, 17 * w, 4 * w))
+        (cfg.batch_size, side)
+        for side in ((2 * w, 3 * w) if args.quick else range(4 * w, 17 * w, 4 * w))
     ]
     batches = [(batch, 8 * w) for batch in ((1,) if args.quick else (1, 2, 4, 8))]
     for batch, side in [*patches, *batches]:
@@ -252,7 +282,12 @@ def bench_sizes(name: str, cfg: Config, mode: str, args: argparse.Namespace) -> 
         x = torch.rand(1, C, side, side)
         run = partial(inference, args.device, mode, partial(restore, net), x)
         (seconds,), cells = race({"ours": run}, args)
-        row(f"{name}, restore, {side}x{side}", mode, *cells, milliseconds(seconds / side**2 * 1e3) + " us")
+        row(
+            f"{name}, restore, {side}x{side}",
+            mode,
+            *cells,
+            milliseconds(seconds / side**2 * 1e3) + " us",
+        )
 
 
 def bench_loading(cfg: Config, folder: Path, args: argparse.Namespace, workers: int = 2) -> float:
@@ -260,9 +295,13 @@ def bench_loading(cfg: Config, folder: Path, args: argparse.Namespace, workers: 
     if not (folder / "gt.npy").exists():
         with redirect_stdout(sys.stderr):
             bench_data.make_images(folder, (480, 480), 4 if args.quick else 24, cfg.scale)
-    roots = {"dataroot_gt": folder / "gt.npy", "dataroot_lq": folder / "lq.npy" if cfg.scale > 1 else None}
-    dataset = PairedImageDataset(**options_of(PairedImageDataset, cfg) | roots)
-    loader = train_loader(dataset, SampleNumbers(cfg.batch_size), workers, args.device == "cuda")
+    roots = {
+        "dataroot_gt": folder / "gt.npy",
+        "dataroot_lq": folder / "lq.npy" if cfg.scale > 1 else None,
+    }
+    dataset = PairedImageDataset(**dataset_options(cfg) | roots)
+    batches = sample_batches(lambda it: (cfg.batch_size, cfg.gt_size))
+    loader = train_loader(dataset, batches, workers, args.device == "cuda")
     with Prefetcher(loader, args.device) as batches:
         for _ in range(8):  # those that workers load while they start
             next(batches)
@@ -284,32 +323,56 @@ def describe(args: argparse.Namespace) -> None:
     args.bandwidth = a.nbytes / min(timed(lambda: a[0].copy_(a[1]), args.device) for _ in range(20))
     ways = [lambda b: b @ b]
     if args.device == "cpu":  # oneDNN's 1x1 convolution may be faster than MKL
-        ways.append(lambda b: nn.functional.conv2d(b[None, None].permute(0, 3, 1, 2), b[..., None, None]))
+        ways.append(
+            lambda b: nn.functional.conv2d(b[None, None].permute(0, 3, 1, 2), b[..., None, None])
+        )
     for dtype in dict.fromkeys(MODES[mode] for mode in ["float32", *args.modes]):
         factors = [a[0, : n * n].view(n, n).to(dtype) for n in sides]  # the best size and way count
         runs = [(partial(way, b), 2 * len(b) ** 3) for b in factors for way in ways]
-        args.flops[dtype] = max(flop / timed(run, args.device) for run, flop in runs for _ in range(20))
+        args.flops[dtype] = max(
+            flop / timed(run, args.device) for run, flop in runs for _ in range(20)
+        )
         print(f"{str(dtype)[6:]} matrix product {args.flops[dtype] / 1e12:.3g} TFLOP/s", end="; ")
     versions = f"torch {torch.__version__}, Python {sys.version.split()[0]}"
     print(f"copy {args.bandwidth / 1e9:.3g} GB/s; {versions}.")
-    print(f"Medians of {args.repeats} rounds, at most 3 if they take over 20 s. a / b: ours / SwinIR.")
+    print(
+        f"Medians of {args.repeats} rounds, at most 3 if they take over 20 s. a / b: ours / SwinIR."
+    )
 
 
 def main() -> None:
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    best = (
+        "cuda"
+        if torch.cuda.is_available()
+        else "mps"
+        if torch.backends.mps.is_available()
+        else "cpu"
+    )
+    cli = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     cli.add_argument("--recipes", nargs="+", choices=RECIPES, default=[*RECIPES])
-    cli.add_argument("--modes", nargs="+", choices=MODES, help="default: all; a CPU's: float32, bf16 if fast")
-    cli.add_argument("--batch", type=int, help="default: the recipe's; on a CPU 1, lightweight 2, tiny 4")
+    cli.add_argument(
+        "--modes", nargs="+", choices=MODES, help="default: all; a CPU's: float32, bf16 if fast"
+    )
+    cli.add_argument(
+        "--batch", type=int, help="default: the recipe's; on a CPU 1, lightweight 2, tiny 4"
+    )
     cli.add_argument("--repeats", type=int, default=5, help="rounds, in which all take turns")
     cli.add_argument("--device", choices=("cuda", "mps", "cpu"), default=best)
     cli.add_argument("--peer", type=Path, help="a clone of JingyunLiang/SwinIR")
-    cli.add_argument("--basicsr", type=os.path.abspath, help="a clone of BasicSR, for tests/bench_data.py")
-    cli.add_argument("--full", action="store_true", help="1 megapixel through SwinIR-M on a CPU, too")
+    cli.add_argument(
+        "--basicsr", type=os.path.abspath, help="a clone of BasicSR, for tests/bench_data.py"
+    )
+    cli.add_argument(
+        "--full", action="store_true", help="1 megapixel through SwinIR-M on a CPU, too"
+    )
     cli.add_argument(
         "--sizes", action="store_true", help="instead: time and memory against size, of ours alone"
     )
-    cli.add_argument("--quick", action="store_true", help="toy networks, one round: shows that it runs")
+    cli.add_argument(
+        "--quick", action="store_true", help="toy networks, one round: shows that it runs"
+    )
     args = cli.parse_args()
     if args.basicsr:
         import lmdb  # noqa: F401  what would be missed only at the end
@@ -321,8 +384,12 @@ def main() -> None:
         if args.quick:
             cfg.gt_size, args.repeats = 2 * cfg.window_size * cfg.scale, 1
             cfg.embed_dim, cfg.depths, cfg.num_heads = 12, (2,), (2,)
-    amp = hardware(Config(device=args.device), 1)[1]  # as train.py: cuDNN's search, a CPU's freed memory
-    usual = 3 if args.device != "cpu" else 2 if amp == "bf16" else 1  # on a CPU compiling takes long
+    amp = find_hardware(
+        Config(device=args.device)
+    ).precision  # as train.py: cuDNN's search, a CPU's freed memory
+    usual = (
+        3 if args.device != "cpu" else 2 if amp == "bf16" else 1
+    )  # on a CPU compiling takes long
     modes = args.modes = args.modes or [*MODES][:usual]
     torch.set_float32_matmul_precision("highest")  # PyTorch's default: TF32 in convolutions alone
     describe(args)
@@ -337,15 +404,28 @@ def main() -> None:
                 rates = [bench_loading(cfg, Path(folder), args, n) for n in WORKERS]
             row(f"{name}, batch {cfg.batch_size}", *(f"{rate:,.0f}" for rate in rates))
         return
-    columns = ["mode", "ours, ms", *["SwinIR, ms", "SwinIR : ours (range)"] * bool(args.peer), "peak GB"]
+    columns = [
+        "mode",
+        "ours, ms",
+        *["SwinIR, ms", "SwinIR : ours (range)"] * bool(args.peer),
+        "peak GB",
+    ]
     row("Training step", *columns, "GFLOP", "GB moved", "floor, ms", "of peak FLOP/s", head=True)
     for name, mode in product(recipes, modes):
         bench_training(name, recipes[name], mode, args)
-    print("\nPeak: memory besides weights and optimizer. GFLOP: of forward and backward, counted. GB moved:")
-    print("what is saved for backward, written and read, and 14 passes over the weights. Floor: the longer")
-    print("of both at the speeds above. Of peak: counted FLOP per second, by those of the matrix product.")
+    print(
+        "\nPeak: memory besides weights and optimizer. GFLOP: of forward and backward, counted. GB moved:"
+    )
+    print(
+        "what is saved for backward, written and read, and 14 passes over the weights. Floor: the longer"
+    )
+    print(
+        "of both at the speeds above. Of peak: counted FLOP per second, by those of the matrix product."
+    )
     row("Inference", *columns, head=True)
-    for name, mode in product(recipes, [m for m in modes if m != "compiled"]):  # neither compiles for it
+    for name, mode in product(
+        recipes, [m for m in modes if m != "compiled"]
+    ):  # neither compiles for it
         bench_inference(name, recipes[name], mode, args)
     row("Data loading, 2 workers", "pairs per second", head=True)
     for name, cfg in recipes.items():

@@ -47,7 +47,12 @@ def import_basicsr(path: Path):
     try:
         import torchvision  # noqa: F401
     except ImportError:  # BasicSR imports these two functions there and does not call them here
-        stubs = {"": "_", ".transforms": "_", ".transforms.functional": "normalize", ".utils": "make_grid"}
+        stubs = {
+            "": "_",
+            ".transforms": "_",
+            ".transforms.functional": "normalize",
+            ".utils": "make_grid",
+        }
         for name, function in stubs.items():
             sys.modules["torchvision" + name] = types.ModuleType("torchvision" + name)
             setattr(sys.modules["torchvision" + name], function, None)
@@ -79,7 +84,7 @@ def make_lmdb(folder: Path) -> Path:
         for path in paths:
             transaction.put(path.stem.encode(), path.read_bytes())
     env.close()
-    shapes = [", ".join(map(str, data.read_image(path, header=True)[0])) for path in paths]
+    shapes = [", ".join(map(str, data.read_header(path).shape)) for path in paths]
     lines = [f"{path.name} ({shape}) 1" for path, shape in zip(paths, shapes, strict=True)]
     (target / "meta_info.txt").write_text("\n".join(lines))
     return target
@@ -99,10 +104,16 @@ def variants(root: Path, basicsr) -> dict:
     options = {"scale": 2, "gt_size": 128}
     packed = data.PairedImageDataset(root / "gt.npy", root / "lq.npy", **options)
     clean = data.PairedImageDataset(root / "gt.npy", degradation="noise", gt_size=128)
-    loader = iter(data.train_loader(packed, data.SampleNumbers(32), num_workers=0))
+    loader = iter(
+        data.train_loader(packed, data.sample_batches(lambda it: (32, 128)), num_workers=0)
+    )
     result = {
-        "PNG files": data.PairedImageDataset(root / "gt", root / "lq", cache_gb=0, **options).__getitem__,
-        "PNG files, in the cache": data.PairedImageDataset(root / "gt", root / "lq", **options).__getitem__,
+        "PNG files": data.PairedImageDataset(
+            root / "gt", root / "lq", cache_gb=0, **options
+        ).__getitem__,
+        "PNG files, in the cache": data.PairedImageDataset(
+            root / "gt", root / "lq", **options
+        ).__getitem__,
         "packed": packed.__getitem__,
         "packed, collated into batches of 32": lambda n: next(loader),
         "packed, noise drawn instead of LQ read": clean.__getitem__,
@@ -112,7 +123,9 @@ def variants(root: Path, basicsr) -> dict:
         for kind, suffix in (("disk", ""), ("lmdb", ".lmdb")):
             roots = [make_lmdb(root / name) if suffix else root / name for name in ("gt", "lq")]
             roots = dict(zip(("dataroot_gt", "dataroot_lq"), map(str, roots), strict=True))
-            result[f"BasicSR, {kind}"] = basicsr({**opt, **roots, "io_backend": {"type": kind}}).__getitem__
+            result[f"BasicSR, {kind}"] = basicsr(
+                {**opt, **roots, "io_backend": {"type": kind}}
+            ).__getitem__
     return result
 
 
@@ -145,7 +158,9 @@ def main() -> None:
                 for name, fetch in fetches.items():
                     totals[name] += rate(fetch, count, arguments.seconds / 4)
             for name, (pairs, seconds) in totals.items():
-                table.setdefault(name, []).append(pairs / seconds * (32 if "batches" in name else 1))
+                table.setdefault(name, []).append(
+                    pairs / seconds * (32 if "batches" in name else 1)
+                )
     print(
         "\n| pairs per second, one core |",
         " | ".join(sizes),

@@ -27,7 +27,9 @@ def started(cwd, *options):
     """The command as a process that leads a group, and a function for what it has printed."""
     with open(cwd / "printed.txt", "wb") as out:
         command = [sys.executable, str(ROOT / "train.py"), *SMALL.split(), *options]
-        process = subprocess.Popen(command, cwd=cwd, env=ENV, stdout=out, stderr=out, start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=cwd, env=ENV, stdout=out, stderr=out, start_new_session=True
+        )
     try:
         yield process, (cwd / "printed.txt").read_text
     finally:
@@ -59,7 +61,13 @@ def content(cwd, file):
 
 def test_killed_at_random_moments_it_continues_exactly(tmp_path):
     rng = np.random.default_rng(0)
-    options = ["--dataroot_gt=gt", "--val_gt=gt", "--val_freq=5", "--drop_path_rate=0.3", "--num_workers=2"]
+    options = [
+        "--dataroot_gt=gt",
+        "--val_gt=gt",
+        "--val_freq=5",
+        "--drop_path_rate=0.3",
+        "--num_workers=2",
+    ]
     options += ["--total_iters=40", "--save_checkpoint_freq=3"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for cwd in (whole, killed):
@@ -68,7 +76,10 @@ def test_killed_at_random_moments_it_continues_exactly(tmp_path):
     for k in range(2):
         with started(killed, *options) as (process, printed):
             words = "iter" if k else "network"  # once before the first step
-            until(lambda p=printed, w=words: f"\n{w} " in p() or f"\n{w}:" in p(), "nothing is printed")
+            until(
+                lambda p=printed, w=words: f"\n{w} " in p() or f"\n{w}:" in p(),
+                "nothing is printed",
+            )
             time.sleep(rng.uniform(0, 0.3))
             (os.kill if k else os.killpg)(process.pid, signal.SIGKILL)  # once without its workers
             assert process.wait() in (-9, 0)
@@ -104,7 +115,9 @@ def test_a_full_disk_is_told_and_harms_no_checkpoint(tmp_path):
         def full(limit=limit):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-        done = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True, preexec_fn=full)
+        done = subprocess.run(
+            command, cwd=tmp_path, env=ENV, capture_output=True, text=True, preexec_fn=full
+        )
         assert done.returncode == 1
         assert words in done.stderr
         assert "Traceback" not in done.stderr
@@ -117,7 +130,10 @@ def test_a_full_disk_is_told_and_harms_no_checkpoint(tmp_path):
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
 def test_a_killed_worker_ends_the_run_with_a_sentence(tmp_path):
     photos(tmp_path / "gt")
-    with started(tmp_path, *ENDLESS, "--num_workers=1", "--save_checkpoint_freq=1") as (process, printed):
+    with started(tmp_path, *ENDLESS, "--num_workers=1", "--save_checkpoint_freq=1") as (
+        process,
+        printed,
+    ):
         until(lambda: lines(tmp_path), "no step")
         worker = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0]
         os.kill(int(worker), signal.SIGKILL)
@@ -177,16 +193,22 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_on_all(tmp_path):
         "spoiled.py",
     ]
     command = [*start, *SMALL.split(), "--dataroot_gt=gt", "--save_checkpoint_freq=6"]
-    done = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert [e["skipped"] for e in events(tmp_path)] == [0, 2, 1]
     state = torch.load(tmp_path / FOLDER / "training_states/6.state", weights_only=True)
     assert {int(s["step"]) for s in state["optimizer"]["state"].values()} == {3}
     network = torch.load(tmp_path / FOLDER / "models/net_g_6.pth", weights_only=True)
-    assert all(x.isfinite().all() for key in ("params", "params_ema") for x in network[key].values())
+    assert all(
+        x.isfinite().all() for key in ("params", "params_ema") for x in network[key].values()
+    )
 
 
-@pytest.mark.parametrize(("ranks", "options"), [(1, []), (1, ["--accumulate=2", "--num_workers=2"]), (2, [])])
+@pytest.mark.parametrize(
+    ("ranks", "options"), [(1, []), (1, ["--accumulate=2", "--num_workers=2"]), (2, [])]
+)
 def test_a_damaged_image_ends_the_run_after_what_came_before_is_saved(tmp_path, ranks, options):
     gt = photos(tmp_path / "gt", 8)
     options = ["--dataroot_gt=gt", *options]
@@ -204,4 +226,6 @@ def test_a_damaged_image_ends_the_run_after_what_came_before_is_saved(tmp_path, 
     image.write_bytes(good)
     code, text = train(tmp_path, *options, ranks=ranks)
     assert code == 0, text
-    assert content(tmp_path, "models/net_g_6.pth") == content(tmp_path, "../straight/models/net_g_6.pth")
+    assert content(tmp_path, "models/net_g_6.pth") == content(
+        tmp_path, "../straight/models/net_g_6.pth"
+    )

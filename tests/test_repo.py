@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from test_metrics import random_vgg
 from test_train import ENV, photos
 
@@ -38,7 +39,9 @@ def test_only_four_packages_are_imported(name):
 def test_each_file_works_alone(name, tmp_path):
     shutil.copy(ROOT / name, tmp_path)
     code = f"import {name[:-3]}"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -72,7 +75,9 @@ def newcomer(tmp_path):
 def test_every_command_of_the_readme_runs(newcomer):
     lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
     lines = [line.split("#")[0].split("&&")[-1] for line in lines]
-    lines = [line for line in lines if line.strip() and "pytest" not in line and "tests/" not in line]
+    lines = [
+        line for line in lines if line.strip() and "pytest" not in line and "tests/" not in line
+    ]
     assert len(lines) > 12
     has_onnx = all(map(importlib.util.find_spec, ("onnx", "onnxruntime")))
     lines = [line for line in lines if "--onnx" not in line or has_onnx]
@@ -96,22 +101,77 @@ def test_every_command_of_the_readme_runs(newcomer):
     assert len(list((newcomer / "restored").iterdir())) == 2 and (newcomer / "sheet.png").exists()
 
 
-def test_every_extension_of_the_readme_works(newcomer):
-    for diff in blocks("diff"):
-        name, *hunks = re.split(r"^# (.*)\n|^@@\n", diff, flags=re.M)[1:]
-        changed = [line for line in diff.splitlines() if line[0] in "+-"]
-        assert len(changed) <= 10
-        whole = (newcomer / name).read_text()
-        for hunk in filter(None, hunks):
-            old, new = ("".join(i[1:] for i in hunk.splitlines(True) if i[0] in f" {c}") for c in "-+")
-            assert whole.count(old) == 1, hunk
-            whole = whole.replace(old, new)
-        (newcomer / name).write_text(whole)
-    used = ["--loss=huber"], ["--loss=vgg"], ["--degradation=lost"], ["--scheduler=linear"]
-    for options in ([], *used):
-        command = [sys.executable, "train.py", *SMALL, "--val_freq=0", "--resume=never", *options]
-        done = subprocess.run(command, cwd=newcomer, env=ENV, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr
+def apply_diff(folder, diff):
+    """Applies a diff of the README: "# file.py" names a file, "@@" parts hunks."""
+    for part in re.split(r"^(?=# \w+\.py\n)", diff, flags=re.M)[1:]:
+        title, _, body = part.partition("\n")
+        path = folder / title.removeprefix("# ")
+        whole = path.read_text()
+        for hunk in filter(None, re.split(r"^@@\n", body, flags=re.M)):
+            lines = hunk.splitlines(keepends=True)
+            old, new = ("".join(line[1:] for line in lines if line[0] in f" {c}") for c in "-+")
+            if old:
+                assert whole.count(old) == 1, hunk
+                whole = whole.replace(old, new)
+        path.write_text(whole)
+
+
+USED = {  # a word of each diff: options that use it
+    "def huber": ["--loss=l1+0.5*huber"],
+    "def lose_pixels": ["--degradation=lost", "--lost=0.05,0.2"],
+    "def noisy_jpeg": ["--degradation=noisy_jpeg", "--sigma=5,15", "--quality=30,90"],
+    "def mae": ["--measures=psnr,ssim,mae"],
+    "class PlainCNN": ["--network=cnn"],
+    "nn.SiLU": [],
+    "class Lion": ["--optimizer=lion"],
+    "def linear": ["--scheduler=linear"],
+    "4 * cfg.batch_size": [],
+    "add_histogram": ["--use_tb_logger=True"],
+}
+
+
+@pytest.mark.parametrize("word", USED)
+def test_every_change_of_the_readme_works(newcomer, word):
+    """Trained in one go, and with a restart in between: the same weights."""
+    if word == "add_histogram":
+        pytest.importorskip("tensorboard")
+    (diff,) = (block for block in blocks("diff") if word in block)
+    apply_diff(newcomer, diff)
+    options = [*SMALL, "--total_iters=4", "--dataroot_gt=photos", "--val_gt=testset"]
+    options += ["--print_freq=1", "--val_freq=2", *USED[word]]
+    runs = [["--name=straight"], ["--name=restarted", "--max_hours=0"], ["--name=restarted"]]
+    code = f"import train\nfor more in {runs}: train.main(train.load_config({options} + more))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=newcomer, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "continuing after iteration 1" in done.stdout
+    weights = []
+    for name in ("straight", "restarted"):
+        file = torch.load(newcomer / f"experiments/{name}/models/net_g_4.pth", weights_only=True)
+        weights.append(file["params"] | {f"ema {k}": v for k, v in file["params_ema"].items()})
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+    text = (newcomer / "experiments/straight/log.jsonl").read_text()
+    log = [json.loads(line) for line in text.splitlines()]
+    if word == "def huber":
+        assert log[0]["loss"] == pytest.approx(log[0]["l1"] + log[0]["huber"], rel=1e-5)
+    if word == "def lose_pixels":
+        assert "lost, lost 0.05-0.2" in text
+        command = [sys.executable, "train.py", *options, "--name=straight", "--lost=0.3"]
+        done = subprocess.run(command, cwd=newcomer, env=ENV, capture_output=True, text=True)
+        assert "lost: (0.05, 0.2) -> 0.3 can't change" in done.stderr
+    if word == "def mae":
+        assert all(0 < e["mae"] < 255 for e in log if e["event"] == "val")
+    if word == "class PlainCNN":
+        network = "experiments/straight/models/net_g_best.pth"
+        command = [sys.executable, "model.py", network, "photos", "out", "--device=cpu"]
+        done = subprocess.run(command, cwd=newcomer, env=ENV, capture_output=True, text=True)
+        assert done.returncode == 0 and len(list((newcomer / "out").iterdir())) == 2, done.stderr
+
+
+def test_every_change_of_the_readme_is_tried():
+    assert len(blocks("diff")) == len(USED)
+    assert all(sum(word in block for word in USED) == 1 for block in blocks("diff"))
 
 
 PUBLISHED = json.loads((ROOT / "tests/golden/published_networks.json").read_text())
@@ -145,11 +205,10 @@ def test_runs_have_names_that_a_shell_takes(arguments, name):
 
 @pytest.mark.parametrize(("config", "published"), RECIPES.items())
 def test_configs_make_the_published_networks(config, published):
-    from model import SwinIR
-    from train import load_config, options_of
+    from train import build_network, load_config
 
     cfg = load_config([str(ROOT / f"configs/{config[0]}.py"), *config[1:]])
-    net = SwinIR(img_size=cfg.gt_size // cfg.scale, upscale=cfg.scale, **options_of(SwinIR, cfg))
+    net = build_network(cfg)
     wanted = PUBLISHED[published]
     assert {k: list(v.shape) for k, v in net.state_dict().items()} == wanted["state_dict"]
     assert net.img_range == wanted["config"]["img_range"]

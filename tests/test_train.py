@@ -18,7 +18,7 @@ from PIL import Image
 
 from metrics import psnr
 from model import load
-from train import Config, load_config, lr_at, open_folder
+from train import Config, load_config, lock_folder, lr_at
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = "--gt_size=16 --batch_size=4 --embed_dim=12 --depths=2,2 --num_heads=2,2 --num_workers=0 --device=cpu"
@@ -70,7 +70,12 @@ def run(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("run")
     photos(cwd / "gt")
     code, text = train(
-        cwd, "--dataroot_gt=gt", "--val_gt=gt", "--val_freq=3", "--save_img=True", "--drop_path_rate=0.3"
+        cwd,
+        "--dataroot_gt=gt",
+        "--val_gt=gt",
+        "--val_freq=3",
+        "--save_img=True",
+        "--drop_path_rate=0.3",
     )
     assert code == 0, text
     return cwd, text
@@ -125,7 +130,7 @@ def test_options_are_read_in_their_type(args, name, value):
         ("--name=..", ["name"]),
         ("--gt_size=100", ["gt_size", "N x 8", "window_size"]),
         ("--degradation=bicubic", ["degradation", "scale > 1"]),
-        ("--quality=200", ["quality", "at least 1, below 101"]),
+        ("--quality=200", ["quality", "at least 1, at most 100"]),
         ("--sigma=1,2,3 --total_iters=0", ["total_iters", "it must be at least 1"]),
         ("nowhere.py", ["nowhere.py"]),
         ("--total_iters 5", ["--total_iters=VALUE"]),
@@ -168,10 +173,16 @@ def test_a_config_file_may_let_options_follow_others(tmp_path):
     )
     assert (cfg.crop_border, cfg.test_y_channel) == (4, True)
     cfg = load_config([str(ROOT / "configs/jpeg.py"), "--quality=10", "--pretrain_network=f.pth"])
-    assert (cfg.name, cfg.lr, cfg.milestones) == ("jpeg_10", 1e-4, (400_000, 600_000, 700_000, 750_000))
+    assert (cfg.name, cfg.lr, cfg.milestones) == (
+        "jpeg_10",
+        1e-4,
+        (400_000, 600_000, 700_000, 750_000),
+    )
     path = tmp_path / "c.py"
     path.write_text("scale = lambda cfg: 2\nname = lambda cfg: f'{cfg.gt_size} {cfg.milestones}'\n")
-    cfg = load_config([str(ROOT / "configs/lightweight_sr.py"), str(path)])  # rules that follow rules
+    cfg = load_config(
+        [str(ROOT / "configs/lightweight_sr.py"), str(path)]
+    )  # rules that follow rules
     assert (cfg.name, cfg.scale, cfg.gt_size) == ("128 (250000, 400000, 450000, 475000)", 2, 128)
     path.write_text("lr = lambda cfg: 'fast'\n")
     with pytest.raises(SystemExit, match=r"lr must be float, not 'fast'"):
@@ -179,7 +190,9 @@ def test_a_config_file_may_let_options_follow_others(tmp_path):
 
 
 def test_help_lists_every_option():
-    done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0
     assert all(f"    {name}: " in done.stdout for name in vars(Config()))
 
@@ -234,7 +247,9 @@ def test_validation_equals_the_metrics_of_the_saved_network(run):
     net, values = load(cwd / "experiments/denoise_color25/models/net_g_6.pth"), []
     for path in sorted((cwd / "gt").iterdir()):
         gt = np.asarray(Image.open(path))
-        noise = np.random.RandomState(0).normal(0, 25 / 255, gt.shape)[..., ::-1]  # drawn in BGR order
+        noise = np.random.RandomState(0).normal(0, 25 / 255, gt.shape)[
+            ..., ::-1
+        ]  # drawn in BGR order
         lq = torch.from_numpy((gt / 255 + noise).astype(np.float32)).permute(2, 0, 1)[None]
         with torch.no_grad():
             out = (net(lq)[0].clamp(0, 1) * 255).round().permute(1, 2, 0).numpy().astype(np.uint8)
@@ -254,10 +269,12 @@ def test_stopped_and_continued_is_bit_identical(run, tmp_path):
     assert text.splitlines()[0].endswith("continuing after iteration 3")
     for file in ("models/net_g_6.pth", "training_states/6.state"):
         a, b = (
-            torch.load(c / "experiments/denoise_color25" / file, weights_only=True) for c in (cwd, tmp_path)
+            torch.load(c / "experiments/denoise_color25" / file, weights_only=True)
+            for c in (cwd, tmp_path)
         )
         flat = [
-            torch.utils._pytree.tree_flatten({k: v for k, v in x.items() if k != "config"})[0] for x in (a, b)
+            torch.utils._pytree.tree_flatten({k: v for k, v in x.items() if k != "config"})[0]
+            for x in (a, b)
         ]
         assert len(flat[0]) == len(flat[1])
         for x, y in zip(*flat, strict=True):
@@ -279,12 +296,20 @@ def test_edited_options_are_told_and_impossible_ones_refused(run, tmp_path):
     group = torch.load(state, weights_only=True)["optimizer"]["param_groups"][0]
     assert (group["betas"], group["weight_decay"]) == ((0.5, 0.6), 0.1)
     code, text = train(tmp_path, "--total_iters=8")
-    assert (code, "dataroot_gt: gt -> None must stay" in text) == (1, True)
+    assert code == 1 and "dataroot_gt: gt -> None can't change in a run that has started" in text
     for option in ("--sigma=15", "--pretrain_network=absent.pth"):
         code, text = train(tmp_path, "--dataroot_gt=gt", option)
-        assert (code, f"{option[2:].split('=')[0]}: " in text, "must stay" in text) == (1, True, True)
+        assert (code, f"{option[2:].split('=')[0]}: " in text, "can't change" in text) == (
+            1,
+            True,
+            True,
+        )
     code, text = train(tmp_path, "--dataroot_gt=gt", "--embed_dim=24")
-    assert (code, "embed_dim: 12 -> 24 must stay" in text, "Traceback" in text) == (1, True, False)
+    assert (code, "embed_dim: 12 -> 24 can't change" in text, "Traceback" in text) == (
+        1,
+        True,
+        False,
+    )
     code, text = train(tmp_path, "--dataroot_gt=gt", "--total_iters=6", "--lr=5e-4")
     assert (code, "finished: the weights are in" in text) == (0, True)
     code, text = train(tmp_path, "--dataroot_gt=gt", "--total_iters=2", "--resume=never")
@@ -304,7 +329,10 @@ def test_a_refused_start_leaves_everything_as_it_was(run, tmp_path):
         (["--name=other", "--pretrain_network=missing.pth"], "missing.pth"),
         (["--name=other", "--accumulate=3"], "batch_size=4 is no multiple"),
         (["--name=other", "--eval_only=True"], "--pretrain_network"),
-        (["--dataroot_gt=gt", "--sigma=50"], "must stay: give the old one"),
+        (
+            ["--dataroot_gt=gt", "--sigma=50"],
+            "can't change in a run that has started: give the old value",
+        ),
     ):
         code, text = train(tmp_path, *options)
         assert code == 1 and words in text and "Traceback" not in text, text
@@ -318,7 +346,7 @@ def test_pretrained_weights_are_not_forgotten_on_resume(run):
     code, text = train(run[0], *options, weights)
     assert code == 0 and "tensors taken" in text, text
     code, text = train(run[0], *options)
-    assert code == 1 and "pretrain_network: experiments" in text and "must stay" in text, text
+    assert code == 1 and "pretrain_network: experiments" in text and "can't change" in text, text
 
 
 def test_another_protocol_has_its_own_best(tmp_path):
@@ -426,23 +454,36 @@ def test_a_signal_saves_and_stops(tmp_path, number, code):
     process.send_signal(number)
     text = process.communicate(timeout=120)[0].decode()
     assert process.returncode == code, text
-    assert len(list((tmp_path / "experiments/denoise_color25/training_states").glob("*.state"))) == 1
+    assert (
+        len(list((tmp_path / "experiments/denoise_color25/training_states").glob("*.state"))) == 1
+    )
 
 
 @pytest.mark.parametrize(
-    ("images", "batch", "ranks"), [(1, 8, 1), (3, 1, 1), (10, 16, 1), (100, 8, 1), (1, 8, 2), (3, 16, 2)]
+    ("images", "batch", "ranks"),
+    [(1, 8, 1), (3, 1, 1), (10, 16, 1), (100, 8, 1), (1, 8, 2), (3, 16, 2)],
 )
 def test_exactly_total_iters_steps(tmp_path, images, batch, ranks):
     photos(tmp_path / "gt", images, size=20)
-    code, text = train(tmp_path, "--dataroot_gt=gt", f"--batch_size={batch}", "--total_iters=5", ranks=ranks)
+    code, text = train(
+        tmp_path, "--dataroot_gt=gt", f"--batch_size={batch}", "--total_iters=5", ranks=ranks
+    )
     assert code == 0, text
-    state = torch.load(tmp_path / "experiments/denoise_color25/training_states/5.state", weights_only=True)
+    state = torch.load(
+        tmp_path / "experiments/denoise_color25/training_states/5.state", weights_only=True
+    )
     assert {int(s["step"]) for s in state["optimizer"]["state"].values()} == {5}
 
 
 def test_two_ranks_equal_one_process(tmp_path):
     photos(tmp_path / "gt", 3)
-    options = ["--dataroot_gt=gt", "--val_gt=gt", "--val_freq=6", "--drop_path_rate=0", "--amp=none"]
+    options = [
+        "--dataroot_gt=gt",
+        "--val_gt=gt",
+        "--val_freq=6",
+        "--drop_path_rate=0",
+        "--amp=none",
+    ]
     assert train(tmp_path, *options, "--name=one")[0] == 0
     code, text = train(tmp_path, *options, "--name=two", ranks=2)
     assert code == 0, text
@@ -460,8 +501,8 @@ def test_two_ranks_equal_one_process(tmp_path):
 def test_without_fcntl_no_file_is_held_open(tmp_path, monkeypatch):
     """Windows has none, and doesn't rename a folder in which a file is open."""
     monkeypatch.setitem(sys.modules, "fcntl", None)
-    assert open_folder(tmp_path / "run", Config(name="run")) is None
-    assert not list((tmp_path / "run").iterdir())
+    assert lock_folder(tmp_path) is None
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_restart_of_three_ranks_is_exact(tmp_path):
@@ -474,7 +515,9 @@ def test_a_restart_of_three_ranks_is_exact(tmp_path):
     code, text = train(tmp_path, *options, "--name=restarted", ranks=3)
     assert code == 0 and "continuing after iteration 2" in text, text
     a, b = (network(tmp_path, 4, name) for name in ("straight", "restarted"))
-    assert all(torch.equal(a[key][k], b[key][k]) for key in ("params", "params_ema") for k in a[key])
+    assert all(
+        torch.equal(a[key][k], b[key][k]) for key in ("params", "params_ema") for k in a[key]
+    )
 
 
 def test_steps_without_a_finite_loss_are_skipped(tmp_path):
@@ -483,7 +526,9 @@ def test_steps_without_a_finite_loss_are_skipped(tmp_path):
         tmp_path, "--lr=1e18", "--total_iters=60", "--save_checkpoint_freq=15", "--print_freq=20"
     )
     assert code != 0
-    assert not list(tmp_path.glob("experiments/*/models/*"))  # spoilt weights would push out sound ones
+    assert not list(
+        tmp_path.glob("experiments/*/models/*")
+    )  # spoilt weights would push out sound ones
     assert "loss nan" in text and "20 skipped" in text
     assert events(tmp_path)[-1]["loss"] is None  # not 0, which would look like success
     assert "no finite loss" in text
@@ -520,7 +565,9 @@ def test_mistakes_with_data_are_named(tmp_path):
     photos(tmp_path / "small", size=10)
     text = wrong(tmp_path, "--dataroot_gt=lq", "--val_gt=small")
     assert "small: images below 16 pixels" in text and "0.png" in text
-    assert "below 16 pixels inside crop_border=15" in wrong(tmp_path, "--val_gt=lq", "--crop_border=15")
+    assert "below 16 pixels inside crop_border=15" in wrong(
+        tmp_path, "--val_gt=lq", "--crop_border=15"
+    )
     text = wrong(tmp_path, "--crop_border=130")
     assert "synthetic: images below 16 pixels" in text and "synthetic00" in text
     assert "give dataroot_lq" in wrong(tmp_path, "--degradation=real")
@@ -532,13 +579,18 @@ def test_a_mistake_in_a_degradation_keeps_its_traceback(tmp_path):
     photos(tmp_path / "gt")
     code = "import sys, numpy, data, train\n"
     code += "fail = lambda: numpy.zeros((2, 3)) @ numpy.zeros((2, 3))\n"  # of photos, not of the plain trial
-    code += "data.DEGRADATIONS['wrong'] = (lambda gt, rng, cfg: gt if gt.min() == gt.max() else fail(), 0)\n"
+    code += "wrong = lambda gt, rng, scale: gt if gt.min() == gt.max() else fail()\n"
+    code += "data.DEGRADATIONS['wrong'] = data.Degradation(wrong)\n"
     code += "cfg = train.load_config(sys.argv[1:])\ncfg.degradation = 'wrong'\ntrain.main(cfg)"
     env = ENV | {"PYTHONPATH": str(ROOT)}
     for workers in "01":
         options = [*SMALL.split(), "--dataroot_gt=gt", f"--num_workers={workers}"]
         done = subprocess.run(
-            [sys.executable, "-c", code, *options], cwd=tmp_path, env=env, capture_output=True, text=True
+            [sys.executable, "-c", code, *options],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 1 and "mend or remove" not in done.stdout
         assert "Traceback" in done.stderr and "matmul" in done.stderr, done.stderr
@@ -547,14 +599,19 @@ def test_a_mistake_in_a_degradation_keeps_its_traceback(tmp_path):
 def test_waiting_for_data_is_hinted_at(tmp_path):
     """By a degradation that sleeps longer than a step takes."""
     code = "import time, data, train; noise = data.add_noise\n"
-    code += "data.DEGRADATIONS['noise'] = (lambda *a: time.sleep(0.1) or noise(*a), 0)\n"
+    code += "slow = lambda gt, rng, scale: time.sleep(0.1) or noise(gt, rng)\n"
+    code += "data.DEGRADATIONS['noise'] = data.Degradation(slow)\n"
     options = [*SMALL.split(), f"--dataroot_gt={photos(tmp_path / 'gt')}"]
     code += f"train.main(train.load_config({options}))"
     env = ENV | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if "waiting for data" in line]
-    assert ["num_workers" in line for line in lines] == [False, True, True], done.stdout  # not while starting
+    assert ["num_workers" in line for line in lines] == [False, True, True], (
+        done.stdout
+    )  # not while starting
 
 
 def test_validation_folders_of_the_same_name_are_told_apart(tmp_path):
@@ -582,7 +639,11 @@ def test_evaluation_takes_nothing_back_from_the_log(run):
     shutil.copytree(cwd / "experiments/denoise_color25", folder)
     shutil.rmtree(folder / "training_states")
     before = (folder / "log.jsonl").read_text()
-    options = "--name=stateless", "--eval_only=True", f"--pretrain_network={folder}/models/net_g_6.pth"
+    options = (
+        "--name=stateless",
+        "--eval_only=True",
+        f"--pretrain_network={folder}/models/net_g_6.pth",
+    )
     code, text = train(cwd, *options)
     assert code == 0 and "stateless: evaluating" in text, text
     after = (folder / "log.jsonl").read_text()
@@ -603,8 +664,17 @@ def test_evaluation_names_its_protocol_and_pads_like_the_paper(run, tmp_path):
     code, text = train(cwd, *options)  # in the folder of a run
     assert (code, "pretrain_network: None -> absent.pth" in text) == (1, True)
     for pad in (False, True):
-        options = ["--eval_only=True", "--pretrain_network=experiments/denoise_color25/models/net_g_6.pth"]
-        options += [f"--name=eval{pad}", "--val_gt=gt", "--gt_size=16", f"--pad_window={pad}", "--amp=none"]
+        options = [
+            "--eval_only=True",
+            "--pretrain_network=experiments/denoise_color25/models/net_g_6.pth",
+        ]
+        options += [
+            f"--name=eval{pad}",
+            "--val_gt=gt",
+            "--gt_size=16",
+            f"--pad_window={pad}",
+            "--amp=none",
+        ]
         code, text = train(cwd, *options)
         assert code == 0, text
         entry = events(cwd, "val", f"eval{pad}")[0]
@@ -614,7 +684,11 @@ def test_evaluation_names_its_protocol_and_pads_like_the_paper(run, tmp_path):
         for path in sorted((cwd / "gt").iterdir()):
             gt = np.asarray(Image.open(path))
             noise = np.random.RandomState(0).normal(0, 25 / 255, gt.shape)[..., ::-1]
-            lq = (gt.astype(np.float32) / np.float32(255) + noise).astype(np.float32).transpose(2, 0, 1)
+            lq = (
+                (gt.astype(np.float32) / np.float32(255) + noise)
+                .astype(np.float32)
+                .transpose(2, 0, 1)
+            )
             if pad:  # SwinIR's main_test_swinir.py: 40 pixels are five windows already, and a sixth is added
                 lq = np.concatenate([lq, lq[:, ::-1]], 1)[:, :48]
                 lq = np.concatenate([lq, lq[:, :, ::-1]], 2)[:, :, :48]
@@ -667,7 +741,11 @@ def test_any_option_gives_a_config_or_one_sentence(capsys):
         try:
             assert isinstance(load_config([f"--{name}={cut}"]), Config)
         except SystemExit as error:
-            assert isinstance(error.code, str) and error.code.count("\n") == 0 and name[:9] in error.code
+            assert (
+                isinstance(error.code, str)
+                and error.code.count("\n") == 0
+                and name[:9] in error.code
+            )
 
 
 # ---- what lives across steps ----
@@ -703,7 +781,8 @@ def test_nothing_that_lives_across_steps_grows_or_holds_a_graph(tmp_path, option
     assert done.returncode == 0, done.stderr
     objects, tensors, graphs = zip(*json.loads(done.stdout.splitlines()[-1]), strict=True)
     assert set(graphs) == {0}, graphs
-    assert tensors[11] == tensors[23], tensors  # after as many steps since the last validation and save
+    # After as many steps since the last validation and save; two batches may be on their way.
+    assert abs(tensors[11] - tensors[23]) <= 4, tensors
     assert abs(objects[11] - objects[23]) < 40, objects
 
 
@@ -724,7 +803,9 @@ def test_an_exact_image_decides_neither_the_mean_nor_the_best(tmp_path):
     net = load(tmp_path / "experiments/denoise_color25/models/net_g_6.pth")
     values = [60.0]
     for name in "01":
-        lq, gt = (np.asarray(Image.open(tmp_path / folder / f"{name}.png")) for folder in ("lq", "gt"))
+        lq, gt = (
+            np.asarray(Image.open(tmp_path / folder / f"{name}.png")) for folder in ("lq", "gt")
+        )
         with torch.no_grad():
             out = net(torch.from_numpy(lq.copy()).permute(2, 0, 1)[None] / 255)[0]
         out = (out.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
@@ -743,7 +824,12 @@ def test_a_closed_terminal_loses_nothing(tmp_path, ranks):
     start = [sys.executable]
     if ranks > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    options = "--dataroot_gt=gt", "--total_iters=100000", "--save_checkpoint_freq=100000", "--num_workers=1"
+    options = (
+        "--dataroot_gt=gt",
+        "--total_iters=100000",
+        "--save_checkpoint_freq=100000",
+        "--num_workers=1",
+    )
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(tmp_path)
@@ -763,7 +849,13 @@ def test_a_closed_terminal_loses_nothing(tmp_path, ranks):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs nohup")
 def test_nohup_is_respected(tmp_path):
-    command = ["nohup", sys.executable, str(ROOT / "train.py"), *SMALL.split(), "--total_iters=100000"]
+    command = [
+        "nohup",
+        sys.executable,
+        str(ROOT / "train.py"),
+        *SMALL.split(),
+        "--total_iters=100000",
+    ]
     process = subprocess.Popen(
         command, cwd=tmp_path, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -816,7 +908,9 @@ def test_threads_follow_the_free_cores_and_a_restart(tmp_path, monkeypatch):
     assert "1 thread(s)" in done.stdout, done.stdout + done.stderr
     command = [sys.executable, str(ROOT / "train.py"), *SMALL.split(), "--total_iters=2"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert "1 thread(s)" in done.stdout, done.stdout + done.stderr  # as before, though more may be free
+    assert "1 thread(s)" in done.stdout, (
+        done.stdout + done.stderr
+    )  # as before, though more may be free
 
 
 @pytest.mark.parametrize(
@@ -835,3 +929,85 @@ def test_why_not_compiled(capability, found, words, monkeypatch):
     reason = trainer.why_not_compiled(torch.device("cuda", 0))
     assert reason is None if words is None else words in reason
     assert "CUDA" in trainer.why_not_compiled(torch.device("cpu"))
+
+
+# ---- parts that can be called alone ----
+
+
+class Plain(torch.optim.SGD):
+    """An optimizer without fused kernels, as those of researchers are."""
+
+
+@pytest.mark.parametrize(
+    "make", [lambda p: torch.optim.Adam(p, fused=True), lambda p: Plain(p, 0.1)]
+)
+def test_a_step_that_is_not_finite_changes_nothing_with_any_optimizer(make):
+    from train import train_step
+
+    net = torch.nn.Conv2d(3, 3, 1)
+    optimizer = make(net.parameters())
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    before = [p.clone() for p in net.parameters()]
+
+    def step(value):
+        loss = torch.nn.Identity()
+        loss.forward = lambda pred, target: {"l1": (pred - target).abs().mean() * value}
+        pairs = [[torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 4)]]
+        return train_step(net, loss, optimizer, scaler, pairs, Config(), "none")
+
+    for value in (math.nan, math.inf):
+        figures, finite = step(value)
+        assert not finite and not figures["loss"].isfinite()
+        assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+    figures, finite = step(1.0)
+    assert finite and list(figures) == ["loss", "grad_norm"]
+    assert not any(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+
+
+def test_the_average_shares_the_statistics_of_batch_norm():
+    from train import build_average, update_average
+
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
+    average = build_average(net)
+    first = average[0].weight.clone()
+    with torch.no_grad():
+        net[0].weight += 1
+    for _ in range(3):
+        net(torch.rand(2, 3, 8, 8))
+    update_average(average, net, 10**6, 0.75)
+    assert torch.allclose(average[0].weight, first + 0.25)
+    assert (
+        torch.equal(average[1].running_mean, net[1].running_mean)
+        and average[1].running_mean.abs().sum() > 0
+    )
+    assert average[1].num_batches_tracked == 3 and not average[0].weight.requires_grad
+
+
+def test_the_lr_reaches_all_parameter_groups():
+    from train import set_lr
+
+    a, b = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([{"params": [a]}, {"params": [b], "lr_scale": 0.1}], 1.0)
+    set_lr(optimizer, 0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.05]
+
+
+def test_a_rule_that_follows_from_itself_is_refused(tmp_path):
+    path = tmp_path / "c.py"
+    path.write_text("lr = lambda cfg: cfg.gamma\ngamma = lambda cfg: cfg.lr\n")
+    with pytest.raises(SystemExit, match="this rule follows from itself"):
+        load_config([str(path)])
+
+
+def test_a_new_part_starts_afresh_in_an_old_run(tmp_path):
+    """As a discriminator would that is added to a run."""
+    photos(tmp_path / "gt")
+    assert train(tmp_path, "--dataroot_gt=gt", "--total_iters=2")[0] == 0
+    path = tmp_path / "experiments/denoise_color25/training_states/2.state"
+    state = torch.load(path, weights_only=True)
+    del state["meter"]
+    torch.save(state, path)
+    code, text = train(tmp_path, "--dataroot_gt=gt", "--total_iters=4")
+    assert (
+        code == 0 and "note: the checkpoint has no meter: it starts from the beginning" in text
+    ), text
