@@ -107,6 +107,11 @@ def layout_of(image: Image.Image) -> str:
     if image.format == "TIFF":
         bits = max(image.tag_v2.get(258, (1,)))  # BitsPerSample
 
+    if bits == 16 and image.format == "TIFF":
+        signed = max(image.tag_v2.get(339, (1,))) != 1  # SampleFormat
+        inverted = image.tag_v2.get(262) == 0  # PhotometricInterpretation: white is 0
+        if signed or inverted:
+            raise UserError("signed or inverted samples: save it with unsigned ones, black as 0")
     if bits <= 8 and image.mode in GRAY_MODES + COLOUR_MODES:
         return "8 bits"
     if bits == 16 and image.mode.startswith("I"):
@@ -265,7 +270,8 @@ def resize_rows(rows: np.ndarray, scale: float) -> np.ndarray:  # (n, ...) -> (m
     weights /= weights.sum(axis=1, keepdims=True)
     taps = np.abs((taps + n + 0.5) % (2 * n) - n).astype(int)  # mirrored to and fro
     out = 0.0
-    for tap, weight in zip(taps.T, weights.T, strict=True):  # in order, which decides on ties
+    # Summed in MATLAB's order: another one would round some halves differently.
+    for tap, weight in zip(taps.T, weights.T, strict=True):
         if weight.any():
             out = out + weight[:, None, None] * rows[tap]
     return out
@@ -331,8 +337,9 @@ def to_uint8(image: np.ndarray) -> np.ndarray:
 class Degradation(NamedTuple):
     """A function, and the LQ pixels around a crop that it has to see.
 
-    A crop is degraded with `margin` LQ pixels around it, from a multiple of `margin` on, and so
-    equals the crop of the degraded image: 16 is a block of 4:2:0 JPEG, 4 the cubic kernel's reach.
+    A crop grows to multiples of `margin`, and by one margin on each side, before it is degraded.
+    So it equals the crop of the degraded image: 16 is a block of 4:2:0 JPEG, 4 the cubic kernel's
+    reach.
     """
 
     function: Callable[..., np.ndarray]
@@ -391,7 +398,8 @@ def bind_degradation(name: str, scale: int, in_chans: int, options: dict[str, An
     function, margin = DEGRADATIONS[name]
     bound = partial(function, scale=scale, **own)
 
-    # Results of another kind would spoil the training without a word.
+    # Results of another kind would spoil the training without a word. The image is 128: floats
+    # in [0, 1] have a mean near 0.5, those in [0, 255] near 128.
     lq = bound(np.full((64 * scale, 64 * scale, in_chans), 128, np.uint8), sample_rng(0, 0))
     if lq.shape != (64, 64, in_chans) or (lq.dtype != np.uint8 and np.mean(lq) > 9):
         raise UserError(f"{name} must return (H / scale, W / scale, C), uint8 or floats in [0, 1]")
@@ -408,8 +416,8 @@ def check_range(name: str, value: Any) -> None:
     raise UserError(f"{name}={value} must be a number or a range (low, high), at least {least}")
 
 
-# Where images come from. A source has names, shapes (H, W, C), depths (bytes per value), problems
-# [(name, sentence)], notices, and source[i].
+# Where images come from. A source has source[i]; those of files have names, shapes (H, W, C),
+# depths (bytes per value), problems [(name, sentence)] and notices as well.
 
 
 class ImageFolder:
@@ -421,7 +429,7 @@ class ImageFolder:
     """
 
     def __init__(self, root: str | Path, cache_gb: float = 2.0, whole: bool = False) -> None:
-        self.root = Path(root)
+        self.root = Path(root).expanduser()
         self.cache_gb = cache_gb
         self.cache: dict[int, np.ndarray] = {}
         self.cached_bytes = 0
@@ -730,7 +738,7 @@ def open_pairs(
         else:
             group = []
             for i, (height, width, _) in enumerate(gt.shapes):
-                if not listed or gt.names[i] in listed:
+                if listed is None or gt.names[i] in listed:
                     group.append(Pair(gt, i, None, i, height // scale, width // scale))
         groups.append(group)
     notices = [notice for source in gts + lqs for notice in source.notices]
@@ -744,20 +752,21 @@ def unusable_files(
     problems = []
     for source in gts + lqs:
         for name, sentence in source.problems:
-            if not listed or name in listed or source in lqs:
+            if listed is None or name in listed or source in lqs:
                 problems.append(sentence)
-    if listed:
-        for name in sorted(listed.difference(*(gt.names for gt in gts))):
+    if listed is not None:
+        found = {name for gt in gts for name in [*gt.names, *(bad for bad, _ in gt.problems)]}
+        for name in sorted(listed - found):
             problems.append(f"{meta_info_file}: {name} is missing")
     return problems
 
 
 def split_roots(roots: Any) -> list[str]:
-    if roots is None:
+    if not roots:
         return []
     if isinstance(roots, str | Path):
         roots = str(roots).split(",")
-    return [os.path.expanduser(root) for root in roots]
+    return [os.path.expanduser(str(root).strip()) for root in roots]
 
 
 def open_source(root: str, cache_gb: float, whole: bool) -> Any:
@@ -768,10 +777,13 @@ def read_list(path: str | Path) -> set[str]:
     """Names in BasicSR's meta_info_file: "name.png (h,w,c)" or "name.png" on each line."""
     names = set()
     for line in Path(path).read_text("utf-8").splitlines():
+        line = line.strip()
         if line.endswith(")"):
-            line = line.rsplit(" (", 1)[0]
-        if line.strip():
-            names.add(line.strip())
+            line = line.rsplit(" (", 1)[0].strip()
+        if line:
+            names.add(line)
+    if not names:
+        raise UserError(f"{path} lists no image")
     return names
 
 
@@ -783,16 +795,16 @@ def match(
     A partner may have another suffix. Whole names come first, so that a.jpg.png beside a.jpg
     stays a name of its own, and an image is the partner of one.
     """
-    by_name = {os.path.splitext(name)[0]: j for j, name in enumerate(lq.names)}
-    by_name |= {name: j for j, name in enumerate(lq.names)}
+    by_name = {name: j for j, name in enumerate(lq.names)}
+    by_stem = {os.path.splitext(name)[0]: j for j, name in enumerate(lq.names)}
     free = set(range(len(lq.names)))
     group = []
     for i, (name, (height, width, _)) in enumerate(zip(gt.names, gt.shapes, strict=True)):
-        if listed and name not in listed:
+        if listed is not None and name not in listed:
             continue
         path = Path(name)
         partner = path.with_name(filename_tmpl.replace("{}", path.stem)).as_posix()
-        j = by_name.get(partner + path.suffix, by_name.get(partner))
+        j = by_name.get(partner + path.suffix, by_name.get(partner, by_stem.get(partner)))
         if j not in free:
             place = f"no partner {partner}.* left in {lq.root}: {filename_tmpl=}"
             problems.append(f"{gt.root}/{name}: {place}")
@@ -806,7 +818,7 @@ def match(
             problems.append(f"{lq.root}/{lq.names[j]} and {gt.root}/{name} do not match: {sizes}")
         height, width = min(height // scale, lq_height), min(width // scale, lq_width)
         group.append(Pair(gt, i, lq, j, height, width))
-    if not listed:
+    if listed is None:
         for j in sorted(free):
             problems.append(f"{lq.root}/{lq.names[j]} is no image's partner in {gt.root}")
     return group
@@ -927,8 +939,8 @@ class PairedImageDataset(Dataset):
             lq, gt = self.degraded_crop(pair, top, left, size, rng)
         else:
             lq, gt = self.paired_crop(pair, top, left, size)
-        lq = pad_by_reflection(lq, size)
-        gt = pad_by_reflection(gt, gt_size)
+        lq = pad_by_mirroring(lq, size)
+        gt = pad_by_mirroring(gt, gt_size)
         return self.augment(lq, *u[4:]), self.augment(gt, *u[4:])
 
     def choose(self, number: int, u: float, v: float) -> Pair:
@@ -970,7 +982,7 @@ class PairedImageDataset(Dataset):
         gt = pair.gt[pair.gt_index][y * s : bottom * s, x * s : right * s]
         gt = to_channels(gt, self.in_chans)
         if margin == 0:
-            gt = pad_by_reflection(gt, size * s)  # before the noise, which should not be mirrored
+            gt = pad_by_mirroring(gt, size * s)  # before the noise, which should not be mirrored
         lq = degrade(gt, rng)
         top, left = top - y, left - x
         lq = lq[top : top + size, left : left + size]
@@ -999,7 +1011,7 @@ def with_margin(start: int, size: int, limit: int, margin: int) -> tuple[int, in
     return max(first, 0), min(last, limit)
 
 
-def pad_by_reflection(image: np.ndarray, size: int) -> np.ndarray:
+def pad_by_mirroring(image: np.ndarray, size: int) -> np.ndarray:
     """To at least (size, size). The edge is mirrored too: otherwise LQ and GT would be shifted."""
     below = max(size - image.shape[0], 0)
     right = max(size - image.shape[1], 0)
@@ -1089,11 +1101,14 @@ def sample_batches(
     the batch size. In each iteration every one of `accumulate` micro-batches, and in it every one
     of `world` ranks, takes a contiguous slice. Raises UserError for a batch that can't be shared.
     """
-    batch_size, _ = plan(start + 1)
+    check_shares(plan(start + 1)[0], world, accumulate)
+    return generate_batches(plan, rank, world, start, accumulate)
+
+
+def check_shares(batch_size: int, world: int, accumulate: int) -> None:
     if batch_size % (world * accumulate):
         shares = f"{world} x {accumulate}"
         raise UserError(f"{batch_size=} is no multiple of ranks x accumulate, {shares}")
-    return generate_batches(plan, rank, world, start, accumulate)
 
 
 def generate_batches(
@@ -1104,6 +1119,7 @@ def generate_batches(
     while True:
         it += 1
         batch_size, gt_size = plan(it)
+        check_shares(batch_size, world, accumulate)
         size = batch_size // (world * accumulate)
         for micro in range(accumulate):
             begin = first + (micro * world + rank) * size
@@ -1126,7 +1142,8 @@ def train_loader(
 
 
 def leave_signals_to_the_trainer(worker: int) -> None:
-    """Signals to the whole process group reach workers, too; these must live until the end."""
+    """Signals to the whole process group reach the workers, too, but the trainer needs batches
+    until it has saved. It stops them itself."""
     for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -1202,7 +1219,11 @@ class Prefetcher:
     def __exit__(self, *_: Any) -> None:
         self.thread.shutdown(cancel_futures=True)
         if hasattr(self.batches, "_shutdown_workers"):  # an error's traceback may keep them alive
+            workers = list(self.batches._workers)
             self.batches._shutdown_workers()
+            for worker in workers:
+                if worker.is_alive():  # it ignores SIGTERM
+                    worker.kill()
 
 
 # Command line

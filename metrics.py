@@ -40,7 +40,7 @@ from tqdm import tqdm
 Picture = np.ndarray | Tensor  # uint8 or uint16: (H, W, 3) RGB, or (H, W, 1) or (H, W) gray
 
 
-class UserError(ValueError):
+class UserError(ValueError):  # as in data.py and model.py, so that each works alone
     """A mistake that the user can correct. The message is one sentence that says how."""
 
 
@@ -94,7 +94,9 @@ def psnrb(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False)
     """
     pred, target, peak = comparable(pred, target, crop_border, y)
     height, width = pred.shape[1:]
-    borders = height * (width // 8 - 1) + width * (height // 8 - 1)  # as SwinIR counts them
+    # SwinIR's count, which is kept for the sake of its figures: it is one too low for each side
+    # that is no multiple of 8.
+    borders = height * (width // 8 - 1) + width * (height // 8 - 1)
     others = height * (width - 1) + width * (height - 1) - borders
     if borders <= 0:
         raise UserError(f"PSNR-B needs two 8x8 blocks inside the border, not {width}x{height}")
@@ -173,7 +175,7 @@ def gaussian_means(maps: np.ndarray) -> np.ndarray:  # (K, H, W) -> (K, H - 10, 
     window = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
     window /= window.sum()
     for _ in range(2):  # along W, then along H
-        # One convolution over all rows in a line. What mixes two rows is cut off.
+        # One convolution over all rows laid end to end. What mixes two rows is cut off.
         rows = np.convolve(maps.ravel(), window, "same").reshape(maps.shape)
         maps = rows[..., 5:-5].swapaxes(1, 2)
     return maps
@@ -368,7 +370,7 @@ class PerceptualLoss(nn.Module):
         with torch.autocast(pred.device.type, enabled=False):
             for weight, a, b in zip(self.layer_weights.values(), features, wanted, strict=True):
                 perceptual = perceptual + self.perceptual_weight * weight * self.distance(a, b)
-                if self.style_weight > 0:
+                if self.style_weight != 0:
                     distance = self.distance(gram_matrix(a), gram_matrix(b))
                     style = style + self.style_weight * weight * distance
         return perceptual, style
@@ -409,7 +411,7 @@ class Meter:
 
     def add(self, figures: dict[str, Tensor], finite: Tensor) -> None:
         """Figures of a step, scalars on the device. What isn't finite is counted, not added."""
-        if self.sums is None:
+        if self.names != list(figures):  # the first step, or a restart with another loss
             self.names = list(figures)
             self.sums = torch.zeros(len(figures) + 3, device=self.device)
         values = torch.stack([figures[name].float() for name in self.names])
@@ -417,7 +419,7 @@ class Meter:
         bad = 1 - good
         counts = torch.stack([good, bad, bad])
         self.sums += torch.cat([values.where(good > 0, 0), counts])
-        self.sums[-1] *= bad
+        self.sums[-1] *= bad  # the last count starts again at a finite step
 
     def means(self) -> dict[str, float]:
         """The mean of each figure (nan if no step was finite), and the counts of skipped steps."""
@@ -450,6 +452,7 @@ class Meter:
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
+    """In place."""
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
@@ -497,7 +500,7 @@ class Log:
                 self.wandb = importlib.import_module("wandb")
                 self.run = self.wandb.init(
                     project=wandb,
-                    id=f"{folder.name}-{folder.stat().st_ino}",
+                    id=f"{folder.name}-{folder.stat().st_ino}",  # another one after resume=never
                     name=folder.name,
                     dir=folder,
                     config=config,
@@ -543,7 +546,9 @@ class Log:
             entry = {"event": kind, "iter": it} | values
             file.write(json.dumps(entry, allow_nan=False) + "\n")
 
-        prefix = f"{kind}/{values['dataset']}" if "dataset" in values else kind
+        prefix = "eval" if values.get("eval_only") else kind  # not among the curves of the run
+        if "dataset" in values:
+            prefix += f"/{values['dataset']}"
         scalars = {f"{prefix}/{k}": v for k, v in values.items() if isinstance(v, float)}
         pictures = pictures or {}
         if self.board:
@@ -707,6 +712,8 @@ def data_module() -> Any:
     try:
         import data
     except ModuleNotFoundError as error:
+        if error.name != "data":
+            raise
         raise UserError(
             "the command needs data.py beside metrics.py: copy it there, too"
         ) from error

@@ -6,7 +6,8 @@
     output = restore(net, image)                       # (B, C, H, W) float in [0, 1], any size
 
 Arguments, defaults, state-dict keys, outputs and gradients are those of the authors' network
-(https://github.com/JingyunLiang/SwinIR, models/network_swinir.py), so weights go both ways.
+(https://github.com/JingyunLiang/SwinIR, models/network_swinir.py), so weights go both ways. Only
+the initial weights differ: see `initialize`.
 
 Shapes: B images, C channels of the features, H x W pixels, n windows of N = window * window tokens,
 h heads of d = C / h channels. A token is a pixel of the features.
@@ -18,7 +19,7 @@ import re
 import sys
 import time
 import warnings
-from collections import Counter, OrderedDict
+from collections import Counter
 from functools import partial
 from math import isqrt
 from pathlib import Path
@@ -32,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 
-class UserError(ValueError):
+class UserError(ValueError):  # as in data.py and metrics.py, so that each works alone
     """A mistake that the user can correct. The message is one sentence that says how."""
 
 
@@ -85,13 +86,12 @@ class SwinIR(nn.Module):
         resi_connection: str = "1conv",
         init_std: float = 0.02,
     ) -> None:
-        arguments = plain_values(locals())
+        arguments = plain_values(locals())  # first, while there are no other locals
         super().__init__()
         check_arguments(embed_dim, depths, num_heads, upscale, upsampler, resi_connection)
         self.arguments = arguments
         self.in_chans = in_chans
-        self.factor = upscale
-        self.multiple = window_size
+        self.factor = upscale if upsampler else 1
         self.floats_per_pixel = inference_floats(
             in_chans, embed_dim, window_size, upscale, upsampler
         )
@@ -103,13 +103,14 @@ class SwinIR(nn.Module):
         height, width = training_size(img_size, patch_size)
         self.window = min(window_size, height, width)
         self.shift = self.window // 2 if min(height, width) > window_size else 0
+        self.multiple = self.window
         mask = training_mask(height, width, self.window, self.shift)
 
         # 1. Shallow features
         self.conv_first = conv3x3(in_chans, embed_dim)
 
         # 2. Deep features
-        self.patch_embed = nn.Sequential(OrderedDict())
+        self.patch_embed = nn.Sequential()  # a norm only, under the authors' key
         if patch_norm:
             self.patch_embed.add_module("norm", norm_layer(embed_dim))
         self.embedding_size = (height, width)
@@ -199,7 +200,7 @@ class SwinIR(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
         H, W = x.shape[2:]
         x = x.permute(0, 2, 3, 1)  # (B, H, W, C)
-        # What many small branches are added to stays in float32, also with autocast.
+        # The residual stream has the weights' type: with autocast, conv_first returns bfloat16.
         x = x.to(self.conv_first.weight.dtype)
         x = self.patch_embed(x)
         if self.absolute_pos_embed is not None:
@@ -223,9 +224,11 @@ class SwinIR(nn.Module):
         if self.upsampler == "pixelshuffledirect":
             return self.upsample(y)
         y = self.conv_before_upsample(y)
-        y = F.leaky_relu(self.conv_up1(F.interpolate(y, scale_factor=2)), 0.2)
+        y = F.interpolate(y, scale_factor=2, mode="nearest")
+        y = F.leaky_relu(self.conv_up1(y), 0.2)
         if self.factor == 4:
-            y = F.leaky_relu(self.conv_up2(F.interpolate(y, scale_factor=2)), 0.2)
+            y = F.interpolate(y, scale_factor=2, mode="nearest")
+            y = F.leaky_relu(self.conv_up2(y), 0.2)
         return self.conv_last(F.leaky_relu(self.conv_hr(y), 0.2))
 
 
@@ -278,7 +281,7 @@ class SwinBlock(nn.Module):
         self.register_buffer("attn_mask", mask)
         self.norm1 = norm_layer(dim)
         self.attn = WindowAttention(dim, window, heads, qkv_bias, qk_scale, attn_drop, drop)
-        self.add = StochasticDepth(drop_path)
+        self.add_branch = StochasticDepth(drop_path)
         self.norm2 = norm_layer(dim)
         self.mlp = MLP(dim, int(dim * mlp_ratio), drop)
 
@@ -289,28 +292,31 @@ class SwinBlock(nn.Module):
         else:
             regions = None
         windows = window_partition(x, self.window)  # (B, n, N, C)
+        # The ONNX export is traced with gradients: a loop over parts would fix the image size.
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             windows = self.transform(windows, regions)
         else:
-            self.transform_in_parts(windows, regions)
+            windows = self.transform_in_parts(windows, regions)
         x = window_reverse(windows, self.window, H, W)  # (B, H, W, C)
         if self.shift:
             x = x.roll((self.shift, self.shift), (1, 2))
         return x
 
     def transform(self, x: Tensor, regions: Tensor | None) -> Tensor:  # (B, n, N, C)
-        x = self.add(x, self.attn(self.norm1(x), regions))
-        return self.add(x, self.mlp(self.norm2(x)))
+        x = self.add_branch(x, self.attn(self.norm1(x), regions))
+        return self.add_branch(x, self.mlp(self.norm2(x)))
 
-    def transform_in_parts(self, x: Tensor, regions: Tensor | None) -> None:
-        """`transform`, over its input, some windows at a time: without gradients this
-        needs a third of the memory, and on a CPU it is quicker, as parts fit into its cache."""
+    def transform_in_parts(self, x: Tensor, regions: Tensor | None) -> Tensor:
+        """The same, some windows at a time: this needs a third of the memory, and on a CPU it is
+        quicker, as the parts fit into its cache."""
         tokens = 4096 if x.device.type == "cpu" else 65536
         step = max(tokens // self.window**2, 1)
+        out = torch.empty_like(x)
         for start in range(0, x.shape[1], step):
             part = slice(start, start + step)
             inside = None if regions is None else regions[part]
-            x[:, part] = self.transform(x[:, part], inside)
+            out[:, part] = self.transform(x[:, part], inside)
+        return out
 
 
 class WindowAttention(nn.Module):
@@ -343,9 +349,11 @@ class WindowAttention(nn.Module):
         d = C // self.heads
         qkv = self.qkv(x).view(B, n, N, 3, self.heads, d)
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).unbind(0)  # each (B, n, h, N, d)
-        # Zeros up to a multiple of 4 channels: matrix products are up to twice as fast on a CPU.
-        # SwinIR-M has d = 30, SwinIR-S 10.
-        q, k, v = (F.pad(t, (0, -d % 4)) for t in (q * self.scale, k, v))
+        q = q * self.scale
+        if d % 4:
+            # Zeros up to a multiple of 4 channels: matrix products are up to twice as fast on a
+            # CPU. SwinIR-M has d = 30, SwinIR-S 10.
+            q, k, v = (F.pad(t, (0, -d % 4)) for t in (q, k, v))
         dropout = self.attn_drop if self.training else 0.0
         x = window_attention(q, k, v, self.bias(), regions, dropout)
         x = x[..., :d].transpose(2, 3).reshape(B, n, N, C)
@@ -444,6 +452,8 @@ def training_mask(H: int, W: int, window: int, shift: int) -> Tensor | None:  # 
     and not used here."""
     if shift == 0:
         return None
+    if H % window or W % window:
+        raise UserError(f"img_size {H}x{W} must be a multiple of window_size={window}")
     regions = window_regions(H, W, window, shift)
     apart = regions[:, :, None] != regions[:, None, :]
     return torch.where(apart, -100.0, 0.0)
@@ -467,7 +477,7 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
         padded = size + -size % multiple
         period = max(2 * size - 2, 1)  # of an image that is reflected to and fro
         index = torch.arange(padded, device=x.device) % period
-        x = x.index_select(dim, torch.minimum(index, (period - index).abs()))
+        x = x.index_select(dim, torch.minimum(index, period - index))
     return x
 
 
@@ -670,6 +680,8 @@ def read_weights(path: str | Path, param_key: str) -> tuple[dict[str, Tensor], d
         file["arguments"] = dict(file.get("arguments", {}))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except Exception as error:  # unpickling a damaged file raises anything
         reason = "it is no checkpoint, or damaged, or holds more than tensors and plain values"
         raise UserError(f"{path}: refused: {reason}") from error
@@ -684,6 +696,9 @@ def unwrap(file: dict[str, Any], param_key: str) -> dict[str, Any]:
     for key in keys:
         if isinstance(file.get(key), dict):
             return file[key]
+    others = [key for key, value in file.items() if isinstance(value, dict) and key != "arguments"]
+    if param_key not in ("params_ema", "params") or "params_ema" in others:
+        raise UserError(f"it has no {param_key!r}, but {', '.join(map(repr, others)) or 'one set'}")
     return file
 
 
@@ -703,14 +718,16 @@ def swinir_arguments(weights: dict[str, Tensor], stated: dict[str, Any]) -> dict
     entries = weights[first + "attn.relative_position_bias_table"].shape[0]  # (2 * window - 1)^2
     window = (isqrt(entries) + 1) // 2
 
-    # The training size shows in the position embedding or in a shifted block's mask.
+    # The training size shows in the position embedding or in the masks of shifted blocks.
     ape = "absolute_pos_embed" in weights
     img_size = 64 // window * window
-    mask = block.format(0, 1) + "attn_mask"
+    masks = [value for key, value in weights.items() if key.endswith("attn_mask")]
     if ape:
         img_size = isqrt(weights["absolute_pos_embed"].shape[1])
-    elif mask in weights:
-        img_size = isqrt(weights[mask].shape[0]) * window
+    elif masks:
+        img_size = isqrt(masks[0].shape[0]) * window
+    elif first + "attn.relative_position_index" in weights and max(depths) > 1:
+        img_size = window  # the file has buffers, but no mask: its windows were not shifted
 
     hidden = len(weights[first + "mlp.fc1.bias"])
     mlp_ratio = hidden / embed_dim
@@ -722,7 +739,7 @@ def swinir_arguments(weights: dict[str, Tensor], stated: dict[str, Any]) -> dict
         "img_size": img_size,
         "window_size": window,
         "mlp_ratio": mlp_ratio,
-        "img_range": 255.0 if window == 7 else 1.0,  # only the authors' JPEG networks have 7
+        "img_range": 255.0 if window == 7 else 1.0,  # spandrel's convention, after JPEG networks
     }
     certain = {
         "in_chans": in_chans,
@@ -798,13 +815,13 @@ def restore(
     """The network's output for an image of any size, in overlapping tiles if it is large.
 
     Args:
-        image: (B, C, H, W), float, in [0, 1], on any device.
+        image: (B, in_chans, H, W), float, in [0, 1], on any device.
         tile: Side of the tiles in input pixels. None, and what is too large: as memory allows.
         overlap: Input pixels that neighbouring tiles share; they are blended there.
         ensemble: Mean of the outputs for the eight symmetries: eight times as slow.
 
-    Returns: (B, C, H * factor, W * factor) on the image's device, not clipped. Raises UserError
-    for an image of another type or number of channels.
+    Returns: (B, in_chans, H * factor, W * factor) on the image's device, not clipped.
+    Raises UserError for an image of another type or number of channels.
     """
     if image.ndim != 4 or image.shape[1] != net.in_chans or not image.is_floating_point():
         given = f"{image.dtype} {list(image.shape)}"
@@ -830,7 +847,7 @@ def restore(
 def largest_tile(net: nn.Module, image: Tensor) -> int:
     """The side, in input pixels, of the largest tile whose inference fits into the memory."""
     device = next(net.parameters()).device
-    free = 1.2e9  # bytes, on a CPU
+    free = 1.2e9  # bytes, on a CPU: 12 megapixels then take less than 2 GB in all
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = 0.7 * (torch.cuda.mem_get_info(device)[0] + cached)
@@ -846,7 +863,7 @@ def restore_tiles(net: nn.Module, image: Tensor, size: int, overlap: int, ensemb
     overlap = max(min(overlap, size // 2), 0) // net.multiple * net.multiple
 
     def restore_row(row: Tensor) -> Tensor:
-        return in_pieces(lambda x: apply(net, x, ensemble), row, 3, size, overlap, net.factor)
+        return in_pieces(lambda x: run_network(net, x, ensemble), row, 3, size, overlap, net.factor)
 
     return in_pieces(restore_row, image, 2, size, overlap, net.factor)
 
@@ -877,7 +894,7 @@ def in_pieces(f: Any, x: Tensor, dim: int, size: int, overlap: int, factor: int)
     return out
 
 
-def apply(net: nn.Module, x: Tensor, ensemble: bool) -> Tensor:
+def run_network(net: nn.Module, x: Tensor, ensemble: bool) -> Tensor:
     """The network's output, on the device and in the type of `x`."""
     device = next(net.parameters()).device
     if not ensemble:
@@ -1053,6 +1070,8 @@ def fitting(source: Path, target: Path) -> bool:
 
 def list_jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
     """(image, output) for each image. Images that differ in their suffix alone keep it."""
+    if not source.exists():
+        raise UserError(f"{source} is not there")
     data = data_module()
     if source.is_dir():
         names = [path.relative_to(source) for path in data.list_images(source)]
@@ -1066,8 +1085,10 @@ def list_jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
         jobs = [(source, target)]
     else:
         jobs = [(source, target / f"{source.stem}.png")]
-    if not source.exists():
-        raise UserError(f"{source} is not there")
+    outputs = Counter(output for _, output in jobs)
+    for path, output in jobs:
+        if outputs[output] > 1:
+            raise UserError(f"{path}: another image would be restored to {output}, too: rename one")
     here = source.resolve()
     inside = any(output.resolve().is_relative_to(here) for _, output in jobs)
     if inside or target.resolve() == here.parent:
@@ -1101,6 +1122,8 @@ def data_module() -> Any:
     try:
         import data
     except ModuleNotFoundError as error:
+        if error.name != "data":
+            raise
         raise UserError("the command needs data.py beside model.py: copy it there, too") from error
     return data
 

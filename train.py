@@ -13,6 +13,7 @@ import contextlib
 import copy
 import ctypes
 import difflib
+import errno
 import importlib.util
 import inspect
 import json
@@ -24,6 +25,7 @@ import sys
 import sysconfig
 import threading
 import time
+import traceback
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -77,7 +79,7 @@ class Config:
     resume: Literal["auto", "never"] = (
         "auto"  # never: the old folder moves to <name>_archived_<time>
     )
-    eval_only: bool = False  # validate pretrain_network, or the last checkpoint, and stop
+    eval_only: bool = False  # validate the last checkpoint, or else pretrain_network, and stop
     max_hours: float | None = None  # save and stop after this time; None: no limit
     amp: Literal["auto", "bf16", "fp16", "tf32", "none"] = (
         "auto"  # auto: bf16 where hardware has it
@@ -236,7 +238,7 @@ def multistep(it: int, cfg: Config) -> float:
 
 
 def cosine(it: int, cfg: Config) -> float:
-    """Half a cosine from lr to 0 at total_iters."""
+    """Half a cosine from lr to 0, which it would reach one iteration after total_iters."""
     done = (it - 1 - cfg.warmup_iters) / max(cfg.total_iters - cfg.warmup_iters, 1)
     done = min(max(done, 0), 1)
     return cfg.lr * (1 + math.cos(math.pi * done)) / 2
@@ -253,7 +255,7 @@ def lr_at(it: int, cfg: Config) -> float:
 
 
 def plan_of(it: int, cfg: Config) -> tuple[int, int]:
-    """(batch_size, gt_size) of iteration `it` >= 1. Both may change during training."""
+    """(batch_size, gt_size) of iteration `it` >= 1. Edit this for patches that grow."""
     return cfg.batch_size, cfg.gt_size
 
 
@@ -346,7 +348,7 @@ def train_step(
         with autocast(lq.device, precision):
             terms = criterion(ddp_model(lq), gt)
         loss = sum(terms.values()) / len(pairs)
-        scaler.scale(spoilt_if_not_finite(loss)).backward()
+        scaler.scale(poison_if_not_finite(loss)).backward()
 
         figures["loss"] = figures.get("loss", 0) + loss.detach()
         if len(terms) > 1:
@@ -361,7 +363,7 @@ def train_step(
     return figures | {"grad_norm": norm}, finite
 
 
-def spoilt_if_not_finite(loss: Tensor) -> Tensor:
+def poison_if_not_finite(loss: Tensor) -> Tensor:
     """The loss, with gradients of nan where it is nan or infinite. By their sum over the ranks,
     all ranks then skip the step."""
     return loss * (1 + 0 * loss.detach())
@@ -371,7 +373,8 @@ def step_if_finite(
     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, finite: Tensor
 ) -> None:
     if optimizer.defaults.get("fused") and finite.device.type != "mps":
-        optimizer.found_inf = 1 - finite.float()  # 1: the fused kernels change nothing
+        # 1: the fused kernels change nothing. (With fp16, GradScaler sets its own.)
+        optimizer.found_inf = 1 - finite.float()
         scaler.step(optimizer)
     elif finite:  # waits for the device
         scaler.step(optimizer)
@@ -494,22 +497,20 @@ def validate(
     folder: Path,
     log: Log,
 ) -> bool:
-    """Evaluates and logs all sets, and keeps `best`, {set and protocol: [PSNR, iteration]}.
+    """Evaluates and logs all sets, and updates `best`: {set, measure and protocol: [value, it]}.
 
     Returns whether the network is the best one so far, by the first measure on the first set.
     """
     network.eval()
     protocol = protocol_of(cfg)
-    decisive = f"{next(iter(val_sets))}: {protocol}"
-    if not cfg.eval_only and next(iter(best), decisive) != decisive:
-        # Validation has changed: figures don't compare, and net_g_best.pth is of the old one.
-        best.clear()
-        old = folder / "models" / "net_g_best.pth"
-        if hardware.rank == 0 and old.exists():
-            old.rename(old.with_stem(f"net_g_best_before_{it}"))
-
+    measure = measures_of(cfg)[0]
+    decisive = best_key(next(iter(val_sets)), cfg)
+    if not cfg.eval_only:
+        forget_other_bests(best, decisive, folder, it, hardware.rank)
     for dataset, images in val_sets.items():
-        means, strips = evaluate(network, images, cfg, hardware.rank, hardware.world)
+        # Layers that are compiled for training would be compiled again for each image size.
+        with torch.compiler.set_stance("force_eager"):
+            means, strips = evaluate(network, images, cfg, hardware.rank, hardware.world)
         pictures = {}
         for name, picture in strips.items():
             path = folder / "visualization" / dataset / f"{name}_{it}.png"
@@ -517,8 +518,8 @@ def validate(
             picture.save(path)
             pictures[f"{dataset}/{name}"] = picture
 
-        value = means[measures_of(cfg)[0]]
-        key = f"{dataset}: {protocol}"
+        key = best_key(dataset, cfg)
+        value = means[measure]
         if key not in best or value > best[key][0]:
             best[key] = [value, it]
         top, when = best[key]
@@ -527,22 +528,42 @@ def validate(
         if means["exact"]:
             text += f", {means['exact']} image(s) exact"
         if it > 0 and not cfg.eval_only:
-            text += f", best {top:.2f} dB at {when:,}"
-        values = means | {"best_psnr": top, "best_iter": when, "protocol": protocol}
-        text = f"{text} ({protocol})"
+            text += f", best {describe_measure(measure, top)} at {when:,}"
+        text += f" ({protocol})"
+        values = means | {f"best_{measure}": top, "best_iter": when, "protocol": protocol}
         log.event("val", text, it, pictures, dataset=dataset, eval_only=cfg.eval_only, **values)
     return best[decisive][1] == it
 
 
+def best_key(dataset: str, cfg: Config) -> str:
+    return f"{dataset}: {measures_of(cfg)[0]}, {protocol_of(cfg)}"
+
+
+def forget_other_bests(
+    best: dict[str, list[float]], decisive: str, folder: Path, it: int, rank: int
+) -> None:
+    """If validation has changed, figures don't compare, and net_g_best.pth is of the old one: it
+    is kept under another name. The first key of `best` is the one that decided."""
+    if next(iter(best), decisive) == decisive:
+        return
+    best.clear()
+    old = folder / "models" / "net_g_best.pth"
+    if rank == 0 and old.exists():
+        old.rename(old.with_stem(f"net_g_best_before_{it}"))
+
+
 # The run
+
+MOST_SKIPPED = 50  # steps in a row without a finite loss, after which a run stops
+SPOILT = 9  # as many mean that the weights are spoilt: no checkpoint is saved
 
 
 def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one piece
     """Trains. Returns the exit code: 0, 1 for a damaged image, 128 + the signal that stopped it.
 
-    Raises UserError, before anything is written, for options or files that can't work.
+    Raises UserError for options and files that can't work.
     """
-    hardware = find_hardware(cfg)
+    hardware = set_up_hardware(cfg)
     device, rank, world = hardware.device, hardware.rank, hardware.world
     folder = Path("experiments") / cfg.name
 
@@ -554,55 +575,63 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
     torch.manual_seed(cfg.seed)
     network = build_network(cfg, hardware.use_checkpoint)
     start_ranks(hardware)
+    lock = lock_existing(folder, rank)  # before the checkpoint is read: another run may be saving
     use_old = cfg.resume == "auto" or cfg.eval_only
-    state, weights = last_checkpoint(folder) if use_old else (EMPTY_STATE, {})
+    state, weights = last_checkpoint(folder, rank, world) if use_old else (EMPTY_STATE, {})
     start, best = state["iter"], dict(state["best"])
     set_threads(device, state.get("threads"))
     changes = check_resume(cfg, state, folder, val_sets)
-    batches = sample_batches(lambda it: plan_of(it, cfg), rank, world, start, hardware.accumulate)
+    sampler = sample_batches(lambda it: plan_of(it, cfg), rank, world, start, hardware.accumulate)
     notices = dataset.notices
     if cfg.pretrain_network and not start:
         taken = load_weights(network, cfg.pretrain_network, cfg.param_key, cfg.strict_load)
         notices = [*notices, taken]
     network.to(device, memory_format=torch.channels_last)
+    average = build_average(network) if cfg.ema_decay else network
+    if start:
+        average.load_state_dict(weights["params_ema"])
+        network.load_state_dict(weights["params"])  # second: `average` may be the network itself
     criterion = build_loss(cfg, device)
 
     # Folder and log: from here on, files are written
     wait_for_all(world)
-    lock = open_folder(folder, cfg, rank)
+    lock = open_folder(folder, cfg, rank, lock)
     log_start = 2**62 if cfg.eval_only else start  # an evaluation takes nothing back
     log = Log(folder, log_start, cfg.use_tb_logger, cfg.wandb, vars(cfg), quiet=rank > 0)
     describe_run(log, cfg, folder, start, changes, dataset, val_sets, notices)
+    if cfg.eval_only:
+        describe_network(log, network, hardware, None)
+        validate(average, val_sets, cfg, hardware, start, best, folder, log)
+        return 0
 
-    # What is trained. All of `parts` is saved with each checkpoint and restored from it.
-    average = build_average(network) if cfg.ema_decay else network
+    # What else is trained. All of `parts` is saved with each checkpoint and restored from it.
     optimizer = OPTIMIZERS[cfg.optimizer](list(network.parameters()), cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=hardware.precision == "fp16")
     meter = Meter(device, rank, world)
     parts = {"optimizer": optimizer, "scaler": scaler, "meter": meter}
     if start:
-        average.load_state_dict(weights["params_ema"])
-        network.load_state_dict(weights["params"])
         restore_parts(parts, state, log)
     ddp_model = distribute(network, world)
-    describe_network(log, network, hardware, compile_layers(network, cfg, device))
+    not_compiled = compile_layers(network, cfg, device)
+    describe_network(log, network, hardware, not_compiled)
 
     def save_network(name: str | int, it: int) -> None:
         path = folder / "models" / f"net_g_{name}.pth"
         write_network(path, network, average, cfg, hardware, it)
 
-    def save(it: int) -> None:
+    def save(it: int) -> bool:
+        if meter.skipped_in_a_row() >= SPOILT:
+            log(f"iteration {it:,} isn't saved: its last {SPOILT} steps had no finite loss")
+            return False
         save_network(it, it)
         write_state(folder, it, best, cfg, parts, hardware)
+        remove_old_checkpoints(folder, it, cfg.keep_last, rank)
+        return True
 
-    if cfg.eval_only:
-        validate(average, val_sets, cfg, hardware, start, best, folder, log)
-        return 0
     if rank == 0 and start < cfg.total_iters:
         write_file(folder / "config.json", json.dumps(vars(cfg), indent=1))
-
     workers = min(cfg.num_workers, os.cpu_count() or 1)
-    loader = train_loader(dataset, batches, workers, pin=device.type == "cuda")
+    loader = train_loader(dataset, sampler, workers, pin=device.type == "cuda")
     bar = tqdm(total=cfg.total_iters, initial=start, disable=None if rank == 0 else True)
     with bar, Prefetcher(loader, device) as batches, StopRequests(cfg.max_hours) as requests:
         clock = Clock(start)
@@ -610,13 +639,14 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
             try:
                 pairs = [next(batches) for _ in range(hardware.accumulate)]
             except UnreadableImage as error:
-                requests.stop_with(error)
+                requests.stop_with(error)  # below, together with all ranks
             save_now, stop, code = requests.agree(world)
-            if (save_now or stop) and it > start + 1:
-                save(it - 1)
+            if (save_now or code or stop) and it > start + 1:
+                with clock.paused(device):
+                    saved = save(it - 1)
             if code or (stop and it > start + 1):
-                saved = ", saved: the same command continues" if it > 1 else ""
-                log(f"stopped after iteration {it - 1:,}{saved}")
+                how = ", saved: the same command continues" if it == start + 1 or saved else ""
+                log(f"stopped after iteration {it - 1:,}" + (how if it > 1 else ""))
                 return code
 
             # The step. DropPath draws from (seed, iteration, rank).
@@ -636,9 +666,9 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
             if it % cfg.print_freq == 0 or last:
                 means = meter.means()
                 log_step(log, cfg, it, means, lr, clock, batches)
-                if means["skipped_in_a_row"] >= 50:
-                    advice = "try a lower lr, --grad_clip=1 or --amp=none, with --resume=never"
-                    raise UserError(f"stopped: no finite loss in 50 steps; {advice}")
+                if means["skipped_in_a_row"] >= MOST_SKIPPED:
+                    advice = "restart with a lower --lr, --grad_clip=1 or --amp=none"
+                    raise UserError(f"stopped: no finite loss in {MOST_SKIPPED} steps; {advice}")
                 meter.reset()
                 clock.restart(it)
                 batches.wait = 0.0
@@ -650,13 +680,11 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
                     network.train()
             if it % cfg.save_checkpoint_freq == 0 or last:
                 with clock.paused(device):
-                    # Spoilt weights would push sound checkpoints out.
-                    if last or meter.skipped_in_a_row() < 9:
-                        save(it)
+                    save(it)
             if device.type == "cpu" or it % cfg.print_freq == 0:
                 bar.set_postfix_str(f"loss {figures['loss'].item():.2e}, lr {lr:.1e}")
     log(f"finished: the weights are in {folder / 'models'}; to go on, raise --total_iters")
-    del lock
+    del lock  # held until here
     return 0
 
 
@@ -750,7 +778,7 @@ def load_config(argv: list[str]) -> Config:
     try:
         cfg = read_config(argv)
         check(cfg)
-    except UserError as error:
+    except USER_ERRORS as error:
         raise SystemExit(str(error)) from None
     return cfg
 
@@ -782,20 +810,21 @@ def read_config(argv: list[str]) -> Config:
     for name in values:
         value = conform(getattr(rules, name), hints[name], name, sources[name])
         values[name] = value
-    # The scale comes first: others often follow from it.
-    for name in ("scale", *values):
+    for name in ("scale", *values):  # of several, name the one that others follow from
         check_bounds(name, values[name])
     return Config(**values)
 
 
 def read_file(path: str) -> dict[str, Any]:
     """The public names of a config file. Modules that it imports are no options."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: there is no such config file (options are --key=value)")
     try:
         names = run_path(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such config file (options are --key=value)") from None
     except BaseException as error:
-        raise UserError(f"{path} is no config file (options are --key=value): {error!r}") from None
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        place = f" in line {lines[-1]}" if lines else ""
+        raise UserError(f"{path} is no config file{place}: {error!r}") from error
     public = {}
     for name, value in names.items():
         if not name.startswith("_") and not inspect.ismodule(value):
@@ -813,7 +842,7 @@ def check_known(name: str, source: str) -> None:
     if name in known:
         return
     aliases = {"manual_seed": "seed", "total_iter": "total_iters", "warmup_iter": "warmup_iters"}
-    near = difflib.get_close_matches(aliases.get(name, name.lower()), known, 2)
+    near = difflib.get_close_matches(name.lower(), known, 2)
     if name in aliases:
         near = [aliases[name]]
     advice = f"did you mean {' or '.join(near)}?" if near else "train.py --help lists them all"
@@ -838,6 +867,10 @@ class Rules:
             return value(self)
         except RecursionError:
             raise UserError(f"{name}: this rule follows from itself") from None
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{name}: its rule fails: {error!r}") from error
 
 
 def from_text(text: str, hint: Any) -> Any:
@@ -936,17 +969,15 @@ def check(cfg: Config) -> None:
         if not fine:
             raise UserError(f"{name}={getattr(cfg, name)!r:.60} can't work: it must be {wanted}")
 
-    plain = Path(cfg.name).name == cfg.name.rstrip(".") != "" and cfg.name.isprintable()
-    need(plain, "name", "a plain name")
-    need(
-        (cfg.upsampler == "") == (cfg.scale == 1),
-        "upsampler",
-        "'' for scale=1, else as in configs/*_sr.py",
-    )
+    plain = cfg.name.isprintable() and cfg.name.rstrip(".") == cfg.name != ""
+    need(plain and Path(cfg.name).name == cfg.name, "name", "a plain name")
+    recipe = "'' for scale=1, else as in configs/*_sr.py"
+    need((cfg.upsampler == "") == (cfg.scale == 1), "upsampler", recipe)
     if not cfg.dataroot_lq:
-        flat = cfg.degradation in ("noise", "jpeg")
-        fits = cfg.scale == 1 if flat else cfg.scale > 1 or cfg.degradation != "bicubic"
-        need(fits, "degradation", "bicubic or your own for scale > 1 only")
+        same_size = cfg.degradation in ("noise", "jpeg")
+        smaller = cfg.degradation == "bicubic"
+        unfit = (same_size and cfg.scale > 1) or (smaller and cfg.scale == 1)
+        need(not unfit, "degradation", "bicubic or your own for scale > 1 only")
     unit = cfg.scale * cfg.window_size
     need(cfg.gt_size % unit == 0, "gt_size", f"N x {unit} (scale x window_size)")
     tables = {"network": NETWORKS, "optimizer": OPTIMIZERS, "scheduler": SCHEDULES}
@@ -954,15 +985,8 @@ def check(cfg: Config) -> None:
         need(getattr(cfg, name) in table, name, " or ".join(table))
     for measure in cfg.measures or ():
         need(measure in MEASURES, "measures", f"names of {', '.join(MEASURES)}")
-    for name, loss in parse_loss_checked(cfg.loss).items():
-        need(math.isfinite(loss), "loss", f"a sum of terms with finite weights, unlike {name}'s")
-
-
-def parse_loss_checked(text: str) -> dict[str, float]:
-    try:
-        return parse_loss(text)
-    except metrics.UserError as error:
-        raise UserError(str(error)) from None
+    for weight in parse_loss(cfg.loss).values():
+        need(math.isfinite(weight), "loss", "a sum of terms with finite weights")
 
 
 def check_resume(
@@ -1010,8 +1034,8 @@ class Hardware(NamedTuple):
     use_checkpoint: bool  # recompute activations, because memory demands it
 
 
-def find_hardware(cfg: Config) -> Hardware:
-    """What "auto" and None stand for on this machine, whose settings are made here."""
+def set_up_hardware(cfg: Config) -> Hardware:
+    """Makes PyTorch's settings, and finds what "auto" and None stand for on this machine."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = find_device(cfg)
     precision = cfg.amp
@@ -1022,9 +1046,9 @@ def find_hardware(cfg: Config) -> Hardware:
         torch.set_float32_matmul_precision("highest" if cfg.amp == "none" else "high")
         if precision == "auto":
             has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
-            precision = "bf16" if has_bf16 else "tf32"
+            precision = "bf16" if has_bf16 else "none"
     elif precision == "auto":
-        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)
+        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
         precision = "bf16" if device.type == "cpu" and has_bf16() else "none"
     if device.type == "cpu" and sys.platform == "linux":
         keep_freed_memory()
@@ -1084,8 +1108,8 @@ def set_threads(device: torch.device, before: int | None) -> None:
 
 
 def compile_layers(network: nn.Module, cfg: Config, device: torch.device) -> str | None:
-    """Compiles what is alike once, in place, so that state dicts have no prefix. Returns what is
-    missing where "auto" goes on without."""
+    """Compiles each layer in place, so that state dicts have no prefix. Layers that are alike
+    share a compilation. Returns what is missing where "auto" goes on without."""
     if cfg.compile == "off":
         return None
     missing = why_not_compiled(device) if cfg.compile == "auto" else None
@@ -1131,7 +1155,8 @@ def distribute(network: nn.Module, world: int) -> nn.Module:
     if world == 1:
         return network
     ddp_model = nn.parallel.DistributedDataParallel(network)
-    ddp_model.broadcast_buffers = False  # evaluate() shares them
+    # Not in every forward pass: share_buffers() does it before a validation.
+    ddp_model.broadcast_buffers = False
     # DDP orders its buckets, and so how sums round, by a first backward. A restart must agree.
     network.eval()
     device = next(network.parameters()).device
@@ -1175,18 +1200,23 @@ def write_state(
     parts: dict[str, Any],
     hardware: Hardware,
 ) -> None:
-    """What a restart needs besides the weights. Old checkpoints go, all but the last few."""
+    """What a restart needs besides the weights."""
     content = {name: part.state_dict() for name, part in parts.items()}  # by all ranks
     if hardware.rank > 0:
         return
     content |= {"iter": it, "best": best, "config": vars(cfg)}
     content["threads"] = torch.get_num_threads()
     write_file(folder / "training_states" / f"{it}.state", content)
-    if cfg.keep_last:
-        earlier = [old for old in saved_iterations(folder) if old <= it]  # later ones are damaged
-        for old in earlier[: -cfg.keep_last]:
-            (folder / "models" / f"net_g_{old}.pth").unlink(missing_ok=True)
-            (folder / "training_states" / f"{old}.state").unlink()
+
+
+def remove_old_checkpoints(folder: Path, it: int, keep_last: int, rank: int) -> None:
+    """All but the last few up to `it`. Later ones, which a restart has passed over, stay."""
+    if rank > 0 or keep_last == 0:
+        return
+    earlier = [old for old in saved_iterations(folder) if old <= it]
+    for old in earlier[:-keep_last]:
+        (folder / "models" / f"net_g_{old}.pth").unlink(missing_ok=True)
+        (folder / "training_states" / f"{old}.state").unlink()
 
 
 def saved_iterations(folder: Path) -> list[int]:
@@ -1194,17 +1224,32 @@ def saved_iterations(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def last_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(state, weights) of the newest checkpoint that is whole. Those that aren't are named."""
+def last_checkpoint(
+    folder: Path, rank: int = 0, world: int = 1
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(state, weights) of the newest checkpoint that is whole: the one that rank 0 finds."""
+    state, weights = EMPTY_STATE, {}
+    if rank == 0:
+        state, weights = newest_whole_checkpoint(folder)
+    it = int(sum_over_ranks(torch.tensor([state["iter"]])).item())
+    if rank > 0 and it > 0:
+        state, weights = load_checkpoint(folder, it)
+    return state, weights
+
+
+def newest_whole_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Names those that aren't whole."""
     for it in reversed(saved_iterations(folder)):
         try:
-            state = load_checked(folder / "training_states" / f"{it}.state")
-            weights = load_checked(folder / "models" / f"net_g_{it}.pth")
+            return load_checkpoint(folder, it)
         except UserError as error:
             print(f"warning: {error}: the one before is used, if any", file=sys.stderr)
-            continue
-        return state, weights
     return EMPTY_STATE, {}
+
+
+def load_checkpoint(folder: Path, it: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    state = load_checked(folder / "training_states" / f"{it}.state")
+    return state, load_checked(folder / "models" / f"net_g_{it}.pth")
 
 
 def load_checked(path: Path) -> dict[str, Any]:
@@ -1212,6 +1257,8 @@ def load_checked(path: Path) -> dict[str, Any]:
         if zipfile.ZipFile(path).testzip():  # torch.load compares no checksums
             raise ValueError
         return torch.load(path, map_location="cpu", weights_only=True)
+    except (PermissionError, MemoryError):
+        raise
     except Exception:  # unpickling a damaged file raises anything
         raise UserError(f"{path} is damaged or missing") from None
 
@@ -1242,17 +1289,24 @@ def write_file(path: Path, content: Any) -> None:
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         partial.unlink(missing_ok=True)
-        if "DataLoader worker" in str(error):
+        if "DataLoader worker" in str(error):  # one has died; raised in whatever is running
             raise
-        raise UserError(f"{path} can't be written: {error}; the same command goes on") from None
+        advice = "make room, and run the same command to continue"
+        raise UserError(f"{path} can't be written: {error}; {advice}") from None
 
 
-def open_folder(folder: Path, cfg: Config, rank: int = 0) -> Any:
-    """Makes experiments/<name>. The file that is returned locks it as long as it is open."""
+def lock_existing(folder: Path, rank: int) -> Any:
+    """Locks the folder of a run, if there is one."""
+    return lock_folder(folder) if rank == 0 and folder.is_dir() else None
+
+
+def open_folder(folder: Path, cfg: Config, rank: int, lock: Any) -> Any:
+    """Makes experiments/<name>, or moves it away first. Returns the lock, a file, which holds as
+    long as it is open."""
     if rank > 0:
         return None
     folder.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(folder)
+    lock = lock or lock_folder(folder)
     has_networks = any(folder.glob("models/*.pth"))
     stateless = has_networks and not any(folder.glob("training_states/*.state"))
     unwanted = cfg.resume == "never" and (folder / "config.json").exists()
@@ -1262,7 +1316,8 @@ def open_folder(folder: Path, cfg: Config, rank: int = 0) -> Any:
     folder.rename(archive)
     reason = "has no training states, so it was" if stateless else "was"
     print(f"{folder} {reason} moved to {archive}")
-    return open_folder(folder, cfg)
+    folder.mkdir()
+    return lock_folder(folder)
 
 
 def lock_folder(folder: Path) -> Any:
@@ -1273,9 +1328,11 @@ def lock_folder(folder: Path) -> Any:
     file = open(folder / ".lock", "w")  # noqa: SIM115  it stays open
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        advice = "wait, or give this one a --name"
-        raise UserError(f"{folder} is in use by another run: {advice}") from None
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            advice = "wait, or give this one a --name"
+            raise UserError(f"{folder} is in use by another run: {advice}") from None
+        print(f"note: {folder} can't be locked ({error}): start no second run in it")
     return file
 
 
@@ -1283,7 +1340,7 @@ def lock_folder(folder: Path) -> Any:
 
 
 class StopRequests:
-    """Hears signals until it is left. SIGUSR1: save. Ctrl-C, SIGTERM, SIGHUP: save and stop.
+    """Handles signals while it is active. SIGUSR1: save. Ctrl-C, SIGTERM, SIGHUP: save and stop.
 
     `exit_code`: 0 to go on, else what the run returns when it has saved.
     """
@@ -1325,13 +1382,13 @@ class StopRequests:
     def stop_with(self, error: UnreadableImage) -> None:
         """On any rank."""
         self.exit_code = self.exit_code or 1
-        tqdm.write(f"error: {error}; repair or remove it, and the same command goes on")
+        tqdm.write(f"error: {error}; repair or remove it, then run the same command to continue")
 
     def agree(self, world: int) -> tuple[bool, bool, int]:
         """(save, stop, exit code), the same on all ranks."""
         late = time.perf_counter() > self.end
-        wishes = torch.tensor([self.save, late or self.exit_code > 0, self.exit_code])
-        self.save = False
+        save, self.save = self.save, False
+        wishes = torch.tensor([save, late, self.exit_code])
         if world > 1:
             dist.all_reduce(wishes, dist.ReduceOp.MAX)
         save, stop, code = wishes.tolist()
@@ -1342,9 +1399,8 @@ class Clock:
     """Time and images of the steps since the last log line, without validations and saves."""
 
     def __init__(self, it: int) -> None:
-        self.warm = False  # the first steps compile, and wait for workers to start
         self.restart(it)
-        self.warm = False
+        self.warm = False  # the first steps compile, and wait for workers to start
 
     def restart(self, it: int) -> None:
         self.begin = time.perf_counter()
@@ -1368,25 +1424,29 @@ class Clock:
 # Entry
 
 
-USER_ERRORS = (data.UserError, metrics.UserError, model.UserError, OSError)
+# Each of the three files has its own UserError, so that it works alone.
+USER_ERRORS = (data.UserError, metrics.UserError, model.UserError)
 
 
 def run(argv: list[str]) -> int:
     """main() with a sentence for what a user can correct. Anything else keeps its traceback."""
     try:
         return main(load_config(argv))
-    except USER_ERRORS as error:
-        sys.exit(f"error: {error}")
+    except (*USER_ERRORS, OSError) as error:
+        sentence = error
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        sys.exit(f"error: {error}")
+        sentence = error
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    return 1
 
 
 def leave(code: int) -> None:
     """Ends the process. DDP keeps threads of gloo, which can abort a Python that is ending."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        if code != 1:  # after an error, other ranks may be waiting for this one
+            dist.destroy_process_group()
         atexit._run_exitfuncs()  # W&B's
         sys.stdout.flush()
         os._exit(code)

@@ -41,8 +41,8 @@ from train import (
     build_average,
     build_loss,
     build_network,
-    find_hardware,
     load_config,
+    set_up_hardware,
     train_step,
     update_average,
 )
@@ -97,7 +97,7 @@ def networks(cfg: Config, args: argparse.Namespace) -> dict[str, nn.Module]:
     """Ours and the peer's, with the same weights and, as is asserted, the same outputs."""
     if (
         sys.platform == "linux"
-    ):  # back to the system, what find_hardware() has kept of the recipe before
+    ):  # back to the system, what set_up_hardware() has kept of the recipe before
         ctypes.CDLL(None).malloc_trim(0)
     torch.manual_seed(0)
     size = cfg.gt_size // cfg.scale
@@ -384,7 +384,7 @@ def main() -> None:
         if args.quick:
             cfg.gt_size, args.repeats = 2 * cfg.window_size * cfg.scale, 1
             cfg.embed_dim, cfg.depths, cfg.num_heads = 12, (2,), (2,)
-    amp = find_hardware(
+    amp = set_up_hardware(
         Config(device=args.device)
     ).precision  # as train.py: cuDNN's search, a CPU's freed memory
     usual = (

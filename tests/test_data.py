@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import io
 import os
 import struct
 import subprocess
@@ -133,11 +134,28 @@ def same(a, b):
 
 
 def run_cli(*arguments):
-    done = subprocess.run(
-        [sys.executable, ROOT / "data.py", *map(str, arguments)], capture_output=True, text=True
-    )
-    assert "Traceback" not in done.stderr
-    return done.returncode, done.stdout + done.stderr
+    """(exit code, what it printed) of the command, in this process: starting one takes seconds."""
+    printed, code = io.StringIO(), 0
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        try:
+            data.main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = 1
+            print(stop.code)
+        except (ValueError, OSError) as error:
+            code = 1
+            print(f"error: {error}")
+    return code, printed.getvalue()
+
+
+def test_the_command_is_a_command(folder):
+    command = [sys.executable, ROOT / "data.py", "check"]
+    for path, code, words in (
+        (folder, 0, "no problems"),
+        ("none", 1, "error: 'none' is not there"),
+    ):
+        done = subprocess.run([*command, path], capture_output=True, text=True)
+        assert done.returncode == code and words in done.stdout + done.stderr, done.stderr
 
 
 # ---- reading ----
@@ -584,6 +602,7 @@ def test_small_images_are_padded_by_reflection(tmp_path, h, w):
 
 
 def test_16_bit_pairs_are_float(tmp_path):
+    pytest.importorskip("cv2")
     img = photo(20, 20, dtype=np.uint16)
     save_png16(tmp_path / "x.png", img)
     save(tmp_path / "y.png", photo(20, 20))
@@ -651,7 +670,7 @@ def test_packed_equals_unpacked(tmp_path):
     root = tmp_path / "gt"
     save(root / "rgb.png", photo(50, 40))
     save(root / "sub/gray.png", photo(45, 60, 1))
-    save_png16(root / "deep.png", photo(41, 43, 3, dtype=np.uint16))
+    save_png16(root / "deep.png", photo(41, 43, 1, dtype=np.uint16))
     save(root / "u ü.jpg", photo(41, 37))
     data.pack(root, tmp_path / "gt.npy")
     assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
@@ -1004,3 +1023,33 @@ def test_wrong_arguments_are_named(folder):
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=name):
             PairedImageDataset(folder, **options)
+
+
+def test_layouts_of_16_bit_gray_that_are_read_wrong_by_pillow_are_refused(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    img = np.arange(35, dtype=np.int16).reshape(5, 7) - 2
+    tifffile.imwrite(tmp_path / "signed.tif", img)
+    tifffile.imwrite(tmp_path / "inverted.tif", img.astype(np.uint16), photometric="miniswhite")
+    for name in ("signed", "inverted"):
+        with pytest.raises(
+            data.UnreadableImage, match=f"{name}.tif can't be read .signed or inverted"
+        ):
+            read_image(tmp_path / f"{name}.tif")
+    tifffile.imwrite(tmp_path / "fine.tif", img.astype(np.uint16), byteorder=">")
+    assert np.array_equal(read_image(tmp_path / "fine.tif")[..., 0], img.astype(np.uint16))
+
+
+def test_an_empty_list_is_refused_and_spaces_in_it_are_not(folder, tmp_path):
+    path = tmp_path / "meta.txt"
+    path.write_text("\n \n")
+    with pytest.raises(data.UserError, match=r"meta\.txt lists no image"):
+        PairedImageDataset(folder, meta_info_file=path)
+    path.write_text(" 1.png (53,61,3) \n")
+    assert len(PairedImageDataset(folder, meta_info_file=path)) == 1
+
+
+def test_a_batch_that_can_not_be_shared_later_on_is_refused():
+    batches = sample_batches(lambda it: (4 if it < 3 else 3, 32), world=2)
+    assert len(next(batches)) == len(next(batches)) == 2
+    with pytest.raises(data.UserError, match="batch_size=3 is no multiple"):
+        next(batches)

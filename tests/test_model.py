@@ -1,5 +1,7 @@
 """The network against the authors' outputs, gradients and file layouts."""
 
+import contextlib
+import io
 import json
 import os
 import pickletools
@@ -7,10 +9,12 @@ import shutil
 import struct
 import subprocess
 import sys
+import types
 import zipfile
 import zlib
 from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -474,11 +478,24 @@ def test_training_after_restoring_and_some_windows_at_a_time_agree():
 # ---- image files and the command ----
 
 
-def run(*arguments, cwd=None):
-    file = Path(model.__file__)
-    return subprocess.run(
-        [sys.executable, file, *map(str, arguments)], cwd=cwd, capture_output=True, text=True
-    )
+def run(*arguments):
+    """The command, in this process: starting one takes seconds."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        mock.patch.object(sys, "argv", ["model.py", *map(str, arguments)]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            told = model.main()
+            code = 1 if told else 0
+            print(told or "", file=err, end="")
+        except SystemExit as stop:
+            code = stop.code
+        except (ValueError, RuntimeError, OSError) as error:
+            code = 1
+            print(f"error: {error}", file=err)
+    return types.SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def pictures(folder):
@@ -734,3 +751,31 @@ def test_heads_of_any_width_are_padded_without_a_trace():
         scores = scores.masked_fill((regions[:, :, None] != regions[:, None])[:, None], -torch.inf)
         want = attn.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(1, 3, 16, dim))
         assert torch.allclose(attn(x, regions), want, atol=1e-12)
+
+
+def test_some_windows_at_a_time_never_write_over_their_input():
+    """An image that is one window wide: there the windows are a view of the image."""
+    for patch_norm in (True, False):
+        net = lively(SwinIR(**TINY | {"patch_norm": patch_norm}))
+        for size in ((8, 8), (24, 8), (8, 24), (5, 3)):
+            x = torch.rand(1, 3, *size)
+            with torch.no_grad():
+                parts = net(x)
+            assert torch.allclose(parts, net(x).detach(), atol=1e-5), size
+
+
+def test_the_size_of_training_must_be_whole_windows():
+    with pytest.raises(model.UserError, match="img_size 64x64 must be a multiple of window_size=7"):
+        SwinIR(embed_dim=8, depths=(2,), num_heads=(2,))
+
+
+def test_a_network_smaller_than_its_window_takes_any_size():
+    net = lively(SwinIR(**TINY | {"img_size": 6}))
+    assert net(torch.rand(1, 3, 6, 6)).shape == (1, 3, 6, 6) == net(torch.rand(1, 3, 6, 6)).shape
+    assert net(torch.rand(1, 3, 9, 13)).shape == (1, 3, 9, 13)
+
+
+def test_a_wrong_param_key_lists_those_that_are_there(tmp_path):
+    path = saved(tmp_path / "n.pth", SwinIR(**TINY))
+    with pytest.raises(model.UserError, match=r"n\.pth: it has no 'params', but 'params_ema'"):
+        load(path, "params")

@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 import zipfile
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+import train as trainer
 from metrics import psnr
 from model import load
 from train import Config, load_config, lock_folder, lr_at
@@ -38,12 +41,39 @@ def photos(folder, count=2, size=40, seed=0):
 
 def train(cwd, *options, ranks=1, small=SMALL):
     """Runs the command in `cwd`. Returns (exit code, what it printed)."""
+    if ranks == 1 and hasattr(os, "fork"):
+        return forked(cwd, [*small.split(), *options])
     start = [sys.executable]
     if ranks > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command = [*start, str(ROOT / "train.py"), *small.split(), *options]
     done = subprocess.run(command, cwd=cwd, env=ENV, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout + done.stderr
+
+
+def forked(cwd, argv):
+    """train.py's entry in a fork of this process: torch is imported already, which saves seconds."""
+    with tempfile.TemporaryFile() as printed:
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                os.chdir(cwd)
+                for number in (1, 2):
+                    os.dup2(printed.fileno(), number)
+                sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+                sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+                code = trainer.run(argv)
+            except SystemExit as stop:
+                code = 1 if isinstance(stop.code, str) else stop.code or 0
+                print(stop.code if code else "", file=sys.stderr)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        _, status = os.waitpid(pid, 0)
+        printed.seek(0)
+        return os.waitstatus_to_exitcode(status), printed.read().decode()
 
 
 def network(cwd, it, name="denoise_color25"):
@@ -918,8 +948,6 @@ def test_threads_follow_the_free_cores_and_a_restart(tmp_path, monkeypatch):
     [((6, 1), {"gcc"}, "capability 6.1"), ((8, 0), set(), "C compiler"), ((8, 0), {"gcc"}, None)],
 )
 def test_why_not_compiled(capability, found, words, monkeypatch):
-    import train as trainer
-
     monkeypatch.setattr(trainer.sys, "platform", "linux")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(trainer.importlib.util, "find_spec", lambda name: name)
@@ -1011,3 +1039,24 @@ def test_a_new_part_starts_afresh_in_an_old_run(tmp_path):
     assert (
         code == 0 and "note: the checkpoint has no meter: it starts from the beginning" in text
     ), text
+
+
+def test_a_restart_may_change_the_loss_and_the_measure(tmp_path):
+    photos(tmp_path / "gt")
+    options = "--dataroot_gt=gt", "--val_gt=gt", "--val_freq=2", "--print_freq=3"
+    assert train(tmp_path, *options, "--total_iters=2", "--loss=l1+mse")[0] == 0
+    code, text = train(tmp_path, *options, "--total_iters=4", "--measures=ssim,psnr")
+    assert code == 0, text
+    assert "best SSIM 0." in text and "best_psnr" not in events(tmp_path, "val")[-1]
+    assert events(tmp_path, "val")[-1]["best_iter"] == 4  # 0.9 isn't compared with 20 dB
+    assert network(tmp_path, "best_before_4")["iter"] == 2
+
+
+def test_a_mistake_in_a_config_names_its_line(tmp_path):
+    path = tmp_path / "c.py"
+    path.write_text("lr = 1e-4\ngamma = half\n")
+    with pytest.raises(SystemExit, match=r"c\.py is no config file in line 2: NameError"):
+        load_config([str(path)])
+    path.write_text("lr = lambda cfg: cfg.batchsize / 8\n")
+    with pytest.raises(SystemExit, match=r"lr: its rule fails: .*no option batchsize"):
+        load_config([str(path)])
