@@ -259,17 +259,19 @@ def plan_of(it: int, cfg: Config) -> tuple[int, int]:
     return cfg.batch_size, cfg.gt_size
 
 
-def adam(params: list[nn.Parameter], cfg: Config) -> torch.optim.Optimizer:
+def adam(network: nn.Module, cfg: Config) -> torch.optim.Optimizer:
     options = {"lr": cfg.lr, "betas": cfg.betas, "weight_decay": cfg.weight_decay}
-    return torch.optim.Adam(params, **options, fused=True)
+    return torch.optim.Adam(network.parameters(), **options, fused=True)
 
 
-def adamw(params: list[nn.Parameter], cfg: Config) -> torch.optim.Optimizer:
+def adamw(network: nn.Module, cfg: Config) -> torch.optim.Optimizer:
     options = {"lr": cfg.lr, "betas": cfg.betas, "weight_decay": cfg.weight_decay}
-    return torch.optim.AdamW(params, **options, fused=True)
+    return torch.optim.AdamW(network.parameters(), **options, fused=True)
 
 
-OPTIMIZERS = {"adam": adam, "adamw": adamw}  # name -> function(params, cfg)
+# name -> function(network, cfg). A parameter group may have an "lr_scale", by which the lr is
+# multiplied. An optimizer needs no care for steps that aren't finite: it isn't called.
+OPTIMIZERS = {"adam": adam, "adamw": adamw}
 
 
 def build_network(cfg: Config, use_checkpoint: bool = False) -> nn.Module:
@@ -341,6 +343,24 @@ def train_step(
     it was not, no weight has changed. All are scalars on the device: nothing waits for it.
     """
     optimizer.zero_grad()
+    figures = backward(ddp_model, criterion, scaler, pairs, precision)
+    scaler.unscale_(optimizer)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
+    finite = norm.isfinite()
+    step_if_finite(optimizer, scaler, finite)
+    scaler.update()
+    return figures | {"grad_norm": norm}, finite
+
+
+def backward(
+    ddp_model: nn.Module,
+    criterion: nn.Module,
+    scaler: torch.amp.GradScaler,
+    pairs: list[list[Tensor]],
+    precision: str,
+) -> dict[str, Tensor]:
+    """Adds the gradients of all micro-batches, and returns the loss and its terms, if several."""
     figures: dict[str, Tensor] = {}
     for micro, (lq, gt) in enumerate(pairs):
         # The last micro-batch sums the gradients over the ranks.
@@ -354,13 +374,7 @@ def train_step(
         if len(terms) > 1:
             for name, term in terms.items():
                 figures[name] = figures.get(name, 0) + term.detach() / len(pairs)
-
-    scaler.unscale_(optimizer)
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
-    finite = norm.isfinite()
-    step_if_finite(optimizer, scaler, finite)
-    return figures | {"grad_norm": norm}, finite
+    return figures
 
 
 def poison_if_not_finite(loss: Tensor) -> Tensor:
@@ -378,7 +392,6 @@ def step_if_finite(
         scaler.step(optimizer)
     elif finite:  # waits for the device
         scaler.step(optimizer)
-    scaler.update()
 
 
 @torch.no_grad()
@@ -605,7 +618,7 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
         return 0
 
     # What else is trained. All of `parts` is saved with each checkpoint and restored from it.
-    optimizer = OPTIMIZERS[cfg.optimizer](list(network.parameters()), cfg)
+    optimizer = OPTIMIZERS[cfg.optimizer](network, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=hardware.precision == "fp16")
     meter = Meter(device, rank, world)
     parts = {"optimizer": optimizer, "scaler": scaler, "meter": meter}
@@ -749,9 +762,9 @@ def log_step(
     speed = clock.images / seconds
     left = tqdm.format_interval(seconds / steps * (cfg.total_iters - it))
     text = f"iter {it:,}/{cfg.total_iters:,}: loss {means['loss']:.4e}, lr {lr:.2e}"
-    for name in parse_loss(cfg.loss):
-        if name in means:
-            text += f", {name} {means[name]:.4e}"
+    for name, value in means.items():  # the terms of the loss, and what else a step returns
+        if name not in ("loss", "grad_norm", "skipped", "skipped_in_a_row"):
+            text += f", {name} {value:.4e}"
     text += f", {speed:.1f} img/s, {left} left, {waiting:.0%} waiting for data"
     if means["skipped"]:
         text += f", {means['skipped']:.0f} skipped"
@@ -1269,8 +1282,15 @@ def restore_parts(parts: dict[str, Any], state: dict[str, Any], log: Log) -> Non
             log(f"note: the checkpoint has no {name}: it starts from the beginning")
             continue
         content = state[name]
-        if isinstance(part, torch.optim.Optimizer):  # lr, betas... may have been edited
-            content = content | {"param_groups": part.state_dict()["param_groups"]}
+        if isinstance(part, torch.optim.Optimizer):
+            groups = part.state_dict()["param_groups"]
+            sizes = [[len(g["params"]) for g in of] for of in (groups, content["param_groups"])]
+            if sizes[0] != sizes[1]:
+                advice = "undo the change, or give another --name"
+                raise UserError(
+                    f"{name}: its parameter groups differ from the checkpoint's: {advice}"
+                )
+            content = content | {"param_groups": groups}  # lr, betas... may have been edited
         if content:  # a disabled GradScaler has none
             part.load_state_dict(content)
 

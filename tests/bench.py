@@ -124,7 +124,7 @@ def training_step(net: nn.Module, cfg: Config, mode: str, lq: Tensor, gt: Tensor
     device = lq.device
     average = build_average(net.train())
     criterion = build_loss(cfg, device)
-    adam = OPTIMIZERS["adam"](list(net.parameters()), cfg)
+    adam = OPTIMIZERS["adam"](net, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     precision = "none" if mode == "float32" else "bf16"
     if mode == "compiled":  # as train.py; of the authors', the whole
