@@ -648,6 +648,7 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
     bar = tqdm(total=cfg.total_iters, initial=start, disable=None if rank == 0 else True)
     with bar, Prefetcher(loader, device) as batches, StopRequests(cfg.max_hours) as requests:
         clock = Clock(start)
+        saved = start > 0
         for it in range(start + 1, cfg.total_iters + 1):
             try:
                 pairs = [next(batches) for _ in range(hardware.accumulate)]
@@ -658,8 +659,8 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
                 with clock.paused(device):
                     saved = save(it - 1)
             if code or (stop and it > start + 1):
-                how = ", saved: the same command continues" if it == start + 1 or saved else ""
-                log(f"stopped after iteration {it - 1:,}" + (how if it > 1 else ""))
+                how = "saved: the same command continues" if saved else "not saved"
+                log(f"stopped after iteration {it - 1:,}, {how}")
                 return code
 
             # The step. DropPath draws from (seed, iteration, rank).
