@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -237,6 +238,12 @@ def list_images(root: str | Path) -> list[Path]:
             found = f"holds no images ({', '.join(IMAGE_SUFFIXES)})"
         raise UserError(f"{str(root)!r} {found}")
     return sorted(paths)
+
+
+def differ_in_suffix_only(paths: list[Path]) -> set[Path]:
+    """Those that another one equals but for the suffix: a.jpg beside a.png. Outputs keep it."""
+    stems = Counter(str(path.with_suffix("")).lower() for path in paths)
+    return {path for path in paths if stems[str(path.with_suffix("")).lower()] > 1}
 
 
 # Resizing

@@ -25,7 +25,6 @@ import json
 import math
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -697,12 +696,12 @@ def images_by_name(folder: Path, template: str = "{}") -> dict[str, Path]:
 
     Where names differ in their suffix alone, the suffix stays, as in model.py's outputs.
     """
-    paths = [path.relative_to(folder) for path in data_module().list_images(folder)]
-    same = Counter(str(path.with_suffix("")).lower() for path in paths)
+    data = data_module()
+    paths = [path.relative_to(folder) for path in data.list_images(folder)]
+    alike = data.differ_in_suffix_only(paths)
     found = {}
     for path in paths:
-        unique = same[str(path.with_suffix("")).lower()] == 1
-        name = template.replace("{}", path.stem if unique else path.name)
+        name = template.replace("{}", path.name if path in alike else path.stem)
         found[(path.parent / name).as_posix()] = folder / path
     return found
 

@@ -1075,11 +1075,12 @@ def list_jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
     data = data_module()
     if source.is_dir():
         names = [path.relative_to(source) for path in data.list_images(source)]
-        same = Counter(str(name.with_suffix("")).lower() for name in names)
+        alike = data.differ_in_suffix_only(names)
         jobs = []
         for name in names:
-            unique = same[str(name.with_suffix("")).lower()] == 1
-            output = name.with_suffix(".png") if unique else name.with_name(name.name + ".png")
+            output = name.with_suffix(".png")
+            if name in alike:
+                output = name.with_name(name.name + ".png")
             jobs.append((source / name, target / output))
     elif target.suffix.lower() == ".png":
         jobs = [(source, target)]
