@@ -241,7 +241,8 @@ def list_images(root: str | Path) -> list[Path]:
 
 
 def differ_in_suffix_only(paths: list[Path]) -> set[Path]:
-    """Those that another one equals but for the suffix: a.jpg beside a.png. Outputs keep it."""
+    """Paths that share their stem with another one, as a.jpg and a.png do. The names of their
+    outputs have to keep the suffix."""
     stems = Counter(str(path.with_suffix("")).lower() for path in paths)
     return {path for path in paths if stems[str(path.with_suffix("")).lower()] > 1}
 
@@ -344,9 +345,9 @@ def to_uint8(image: np.ndarray) -> np.ndarray:
 class Degradation(NamedTuple):
     """A function, and the LQ pixels around a crop that it has to see.
 
-    A crop grows to multiples of `margin`, and by one margin on each side, before it is degraded.
-    So it equals the crop of the degraded image: 16 is a block of 4:2:0 JPEG, 4 the cubic kernel's
-    reach.
+    A crop grows to multiples of `margin`, and by one margin on each side, before it is degraded, so
+    that it equals the crop of the degraded image. 16 is a block of 4:2:0 JPEG; the cubic kernel
+    reaches 2 LQ pixels, for which 4 is ample. 0: each pixel is degraded on its own.
     """
 
     function: Callable[..., np.ndarray]
@@ -354,7 +355,7 @@ class Degradation(NamedTuple):
 
 
 # By name: `--degradation=noise`. The options of a function are read off its signature. They are
-# set by options of train.py of the same name, fixed for a run, and named in the protocol.
+# set by options of train.py of the same name, fixed for a run, and named in validation lines.
 DEGRADATIONS = {
     "noise": Degradation(add_noise),
     "jpeg": Degradation(compress_jpeg, margin=16),
@@ -364,7 +365,7 @@ LEAST = {"sigma": 0, "quality": 1}  # least value of an option
 VALIDATED = {"sigma": max, "quality": min}  # a range is validated at its hard end
 
 
-def degradation_options(name: str, cfg: Any = None) -> dict[str, Any]:
+def options_of_degradation(name: str, cfg: Any = None) -> dict[str, Any]:
     """The options of a degradation, read off its signature; none for an unknown one.
 
     Their values are those of `cfg`, or the defaults where it has no such option.
@@ -396,20 +397,21 @@ def bind_degradation(name: str, scale: int, in_chans: int, options: dict[str, An
     if name not in DEGRADATIONS:
         known = ", ".join(DEGRADATIONS)
         raise UserError(f"degradation={name!r} is none of {known}; give dataroot_lq or val_lq")
-    known = {option for other in DEGRADATIONS for option in degradation_options(other)}
+    known = {option for other in DEGRADATIONS for option in options_of_degradation(other)}
     for option, value in options.items():
         if option not in known:
             raise UserError(f"{option!r} is an option of no degradation")
         check_range(option, value)
-    own = {key: options[key] for key in degradation_options(name) if key in options}
+    own = {key: options[key] for key in options_of_degradation(name) if key in options}
     function, margin = DEGRADATIONS[name]
     bound = partial(function, scale=scale, **own)
 
     # Results of another kind would spoil the training without a word. The image is 128: floats
-    # in [0, 1] have a mean near 0.5, those in [0, 255] near 128.
+    # in [0, 1] have a mean near 0.5, those in [0, 255] near 128, and 9 lies between.
     lq = bound(np.full((64 * scale, 64 * scale, in_chans), 128, np.uint8), sample_rng(0, 0))
     if lq.shape != (64, 64, in_chans) or (lq.dtype != np.uint8 and np.mean(lq) > 9):
-        raise UserError(f"{name} must return (H / scale, W / scale, C), uint8 or floats in [0, 1]")
+        sentence = "must return (H / scale, W / scale, C), uint8 or floats in [0, 1]"
+        raise UserError(f"{name} {sentence}, and does not for {scale=}")
     return Degradation(bound, margin)
 
 
@@ -447,7 +449,7 @@ class ImageFolder:
         alphas = 0
         paths = list_images(root)
         look = look_whole if whole else look_at_header
-        with ThreadPoolExecutor(16) as pool:  # to open a file is mostly to wait for it
+        with ThreadPoolExecutor(16) as pool:  # opening files is mostly waiting
             found = tqdm(
                 pool.map(look, paths), str(root), len(paths), disable=None if whole else True
             )
@@ -465,7 +467,10 @@ class ImageFolder:
     def __getitem__(self, i: int) -> np.ndarray:
         if i in self.cache:
             return self.cache[i]
-        image = read_image(self.root / self.names[i])
+        path = self.root / self.names[i]
+        image = read_image(path)
+        if image.shape != self.shapes[i]:
+            raise UnreadableImage(f"{path} has changed since it was opened, or has a wrong header")
         worker = get_worker_info()
         share = self.cache_gb * 1e9 / (worker.num_workers if worker else 1)
         if self.cached_bytes + image.nbytes <= share:
@@ -485,8 +490,10 @@ def look_at_header(path: Path) -> tuple[Header | None, str | None]:
 
 def look_whole(path: Path) -> tuple[Header | None, str | None]:
     try:
-        read_image(path)
-        return read_header(path), None
+        header = read_header(path)
+        if read_image(path).shape != header.shape:
+            raise UnreadableImage(f"{path} has another size than its header says: save it anew")
+        return header, None
     except UnreadableImage as error:
         return None, str(error)
 
@@ -535,7 +542,7 @@ def pack(source: str | Path, target: str | Path) -> None:
     folder = ImageFolder(source, cache_gb=0, whole=True)
     if folder.problems:
         sentences = [sentence for _, sentence in folder.problems[:5]]
-        raise UserError("; ".join([*sentences, "python data.py check tells all"]))
+        raise UserError("; ".join([*sentences, "python data.py check names all"]))
 
     sizes = [math.prod(s) * d for s, d in zip(folder.shapes, folder.depths, strict=True)]
     *starts, end = np.cumsum([0, *sizes]).tolist()
@@ -564,10 +571,11 @@ class SyntheticImages:
     """Dead leaves: images[number] is (size, size, in_chans) uint8, a function of (seed, number).
 
     After Achddou et al., "Synthetic images as a regularity prior", and VibrantLeaves
-    (arXiv 2504.10201). `keep`: how many of those drawn last stay in memory.
+    (arXiv 2504.10201). `keep`: how many of those drawn last stay in memory, 63 MB in each worker.
+    Workers run ahead of each other, so it is more than the pool.
     """
 
-    POOL = 256  # images in use at a time: 50 MB in each worker
+    POOL = 256  # images that samples are drawn from at a time
 
     def __init__(
         self, seed: int = 0, size: int = 256, in_chans: int = 3, keep: int = POOL + 64
@@ -593,12 +601,13 @@ def dead_leaves(seed: int, number: int, size: int, count: int = 300) -> np.ndarr
     """(size, size, 3) uint8: a ground and `count` leaves, painted from back to front."""
     rng = sample_rng(seed, number, stream=1)
     noise = coloured_noise(rng, size)
-    mean, spread, smallest, softness = rng.uniform(
+    mean, spread, log_smallest, softness = rng.uniform(
         (0.25, 0.1, 0, 0.6), (0.6, 0.3, math.log(6), 1.4)
     )
     colours = leaf_colours(rng, count + 1, mean, spread)
-    # Sizes have the density r^-3 of natural images, between `smallest` and the image.
-    least = math.exp(-2 * smallest)
+    # Radii have the density r^-3 of natural images, from the smallest one to the image's size:
+    # the inverse of the distribution function at uniform numbers.
+    least = math.exp(-2 * log_smallest)  # smallest^-2
     radii = (least - rng.random(count + 1) * (least - size**-2)) ** -0.5
     radii[0] = 2 * size  # the ground
     radii[1:16] = rng.uniform(size / 16, size / 3, 15)  # these cover most of it
@@ -667,6 +676,7 @@ def paint_leaf(
     texture = noise[int(3 * u[2])]
     if u[3] < 0.5:  # a ragged outline
         outside += 0.3 * radius * u[3] * texture[rows, columns]
+    # Transposed, the texture of the surface is independent of that of the outline.
     light = 1 + (u[5] - 0.5) / size * along - 0.08 * math.log(1 - u[4]) * texture.T[rows, columns]
     cover = 1.0
     if radius < 2 * size:  # the ground covers all
@@ -733,7 +743,7 @@ def open_pairs(
     if "{}" not in filename_tmpl or scale < 1:
         raise UserError(f"{filename_tmpl=} must hold {{}}, and {scale=} must be at least 1")
     listed = read_list(meta_info_file) if meta_info_file else None
-    share = cache_gb / max(len(gt_roots), 1)
+    share = cache_gb / max(len(gt_roots) + len(lq_roots), 1)
     gts = [open_source(root, share, whole) for root in gt_roots]
     lqs = [open_source(root, share, whole) for root in lq_roots]
 
@@ -745,8 +755,12 @@ def open_pairs(
         else:
             group = []
             for i, (height, width, _) in enumerate(gt.shapes):
-                if listed is None or gt.names[i] in listed:
-                    group.append(Pair(gt, i, None, i, height // scale, width // scale))
+                if listed is not None and gt.names[i] not in listed:
+                    continue
+                if min(height, width) < scale:
+                    problems.append(f"{gt.root}/{gt.names[i]}: smaller than {scale=}: remove it")
+                    continue
+                group.append(Pair(gt, i, None, i, height // scale, width // scale))
         groups.append(group)
     notices = [notice for source in gts + lqs for notice in source.notices]
     return Pairs(groups, gts + lqs, problems, notices)
@@ -799,8 +813,8 @@ def match(
 ) -> list[Pair]:
     """Pairs of one root. Appends a sentence to `problems` for what has no partner or another size.
 
-    A partner may have another suffix. Whole names come first, so that a.jpg.png beside a.jpg
-    stays a name of its own, and an image is the partner of one.
+    The partner of a.jpg is a.jpg, or else a file that is called a, or else a with any suffix. Each
+    LQ image is used once.
     """
     by_name = {name: j for j, name in enumerate(lq.names)}
     by_stem = {os.path.splitext(name)[0]: j for j, name in enumerate(lq.names)}
@@ -832,7 +846,7 @@ def match(
 
 
 def raise_problems(problems: list[str], roots: list[Any], options: dict[str, Any]) -> None:
-    """UserError with the first problems, and the command that tells all of them."""
+    """UserError with the first problems, and the command that names all of them."""
     if not problems:
         return
     words = []
@@ -841,7 +855,7 @@ def raise_problems(problems: list[str], roots: list[Any], options: dict[str, Any
             words.append('"' + ",".join(split_roots(root)) + '"')
     words += [f"--{key}={value}" for key, value in options.items() if value is not None]
     command = " ".join(["python data.py check", *words])
-    raise UserError("; ".join([*problems[:5], f"{command} tells all"]))
+    raise UserError("; ".join([*problems[:5], f"{command} names all"]))
 
 
 def name_small(groups: list[list[Pair]], scale: int, gt_size: int) -> list[str]:
@@ -862,8 +876,9 @@ def name_small(groups: list[list[Pair]], scale: int, gt_size: int) -> list[str]:
 class PairedImageDataset(Dataset):
     """Training pairs: dataset[n] is (lq (C, h, w), gt (C, h * scale, w * scale)), for any n >= 0.
 
-    dataset[n, gt_size] has another patch size. Tensors are uint8 if all files have 8 bits (the
-    device divides by 255), else float32 in [0, 1].
+    dataset[n, gt_size] has another patch size. If all files have 8 bits, gt is uint8 (the device
+    divides by 255), and lq is, too, unless the degradation returns floats, as noise does. Else both
+    are float32 in [0, 1].
 
     Args:
         dataroot_gt: A folder or packed file, or several. None: synthetic images.
@@ -942,18 +957,20 @@ class PairedImageDataset(Dataset):
         # The corner of the crop in LQ pixels; every position is equally likely.
         top = int(u[2] * max(pair.height - size + 1, 1))
         left = int(u[3] * max(pair.width - size + 1, 1))
+        symmetry = [x < 0.5 for x in u[4:]]
         if self.degradation:
             lq, gt = self.degraded_crop(pair, top, left, size, rng)
         else:
             lq, gt = self.paired_crop(pair, top, left, size)
         lq = pad_by_mirroring(lq, size)
         gt = pad_by_mirroring(gt, gt_size)
-        return self.augment(lq, *u[4:]), self.augment(gt, *u[4:])
+        return self.augment(lq, *symmetry), self.augment(gt, *symmetry)
 
     def choose(self, number: int, u: float, v: float) -> Pair:
         """The pair of a sample, whose random numbers in [0, 1) are u and v."""
         if self.synthetic:
-            # A pool, small at first, which a new image joins every 64 samples.
+            # A pool that a new image joins every 64 samples. It starts with 8 images, because the
+            # first batch has to wait for them to be drawn.
             newest = 8 + number // 64
             i = newest - int(u * min(newest + 1, SyntheticImages.POOL))
             side = self.synthetic.size // self.scale
@@ -988,26 +1005,26 @@ class PairedImageDataset(Dataset):
         x, right = with_margin(left, size, pair.width, margin)
         gt = pair.gt[pair.gt_index][y * s : bottom * s, x * s : right * s]
         gt = to_channels(gt, self.in_chans)
-        if margin == 0:
-            gt = pad_by_mirroring(gt, size * s)  # before the noise, which should not be mirrored
+        if margin == 0:  # noise: small images are padded before, so that it isn't mirrored
+            gt = pad_by_mirroring(gt, size * s)
         lq = degrade(gt, rng)
         top, left = top - y, left - x
         lq = lq[top : top + size, left : left + size]
         gt = gt[top * s : (top + size) * s, left * s : (left + size) * s]
         return lq, gt
 
-    def augment(self, image: np.ndarray, u: float, v: float, t: float) -> Tensor:
-        """(H, W, C) -> (C, H, W), in one of BasicSR's eight symmetries, by random numbers."""
-        if self.use_hflip and u < 0.5:
+    def augment(self, image: np.ndarray, hflip: bool, vflip: bool, transpose: bool) -> Tensor:
+        """(H, W, C) -> (C, H, W), in one of BasicSR's eight symmetries, as far as options allow."""
+        if self.use_hflip and hflip:
             image = image[:, ::-1]
-        if self.use_rot and v < 0.5:
+        if self.use_rot and vflip:
             image = image[::-1]
-        if self.use_rot and t < 0.5:
+        if self.use_rot and transpose:
             image = image.transpose(1, 0, 2)
         image = image.transpose(2, 0, 1)
         if not self.eight_bit:
             image = to_float(image)
-        return torch.from_numpy(np.require(image, requirements="CW"))
+        return torch.from_numpy(np.require(image, requirements=["C_CONTIGUOUS", "WRITEABLE"]))
 
 
 def with_margin(start: int, size: int, limit: int, margin: int) -> tuple[int, int]:
@@ -1047,6 +1064,9 @@ class ValidationImages(Dataset):
         crop_border: int = 0,
         **degradation_options: Any,
     ) -> None:
+        if val_lq and not val_gt:
+            raise UserError("val_lq needs val_gt, the ground truth")
+        self.source = f"{val_gt}, {val_lq}"
         self.scale = scale
         self.in_chans = in_chans
         self.degradation = None
@@ -1104,10 +1124,12 @@ def sample_batches(
 ) -> Iterator[list[tuple[int, int]]]:
     """Batches of the dataset's indices (n, gt_size), without end, from iteration start + 1 on.
 
-    plan(it) is (batch_size, gt_size) of iteration `it`. Samples are numbered through, whatever
-    the batch size. In each iteration every one of `accumulate` micro-batches, and in it every one
-    of `world` ranks, takes a contiguous slice. Raises UserError for a batch that can't be shared.
+    plan(it) is (batch_size, gt_size) of iteration `it`. Samples are numbered consecutively,
+    whatever the batch size. In each iteration every one of `accumulate` micro-batches, and in it
+    every one of `world` ranks, takes a contiguous slice. Raises UserError for a batch that can't
+    be shared.
     """
+    # Here, because a generator would complain at its first next() only.
     check_shares(plan(start + 1)[0], world, accumulate)
     return generate_batches(plan, rank, world, start, accumulate)
 
@@ -1154,7 +1176,7 @@ def leave_signals_to_the_trainer(worker: int) -> None:
     for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    # After ten minutes the trainer has saved, or is gone.
+    # At SIGTERM it stays for ten minutes, after which SIGALRM ends it, for a trainer that is gone.
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(600))
 
 
@@ -1243,7 +1265,10 @@ def main(arguments: list[str]) -> None:
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
     elif command == "pack" and len(paths) == 2 and not options:
-        pack(paths[0], Path(paths[1]).with_suffix(".npy"))  # never over an image
+        target = Path(paths[1])
+        if target.suffix.lower() in IMAGE_SUFFIXES:  # never over an image
+            target = target.with_suffix("")
+        pack(paths[0], target.with_name(target.name.removesuffix(".npy") + ".npy"))
     elif command == "check" and len(paths) <= 2:
         check(paths, options)
     elif command == "preview" and len(paths) == 1 and Path(paths[0]).suffix:
@@ -1302,7 +1327,7 @@ def dataset_options(cfg: Any) -> dict[str, Any]:
     """Arguments of PairedImageDataset, from train.py's options."""
     names = inspect.signature(PairedImageDataset).parameters
     options = {name: getattr(cfg, name) for name in names if hasattr(cfg, name)}
-    return options | degradation_options(cfg.degradation, cfg)
+    return options | options_of_degradation(cfg.degradation, cfg)
 
 
 if __name__ == "__main__":

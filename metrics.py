@@ -13,8 +13,8 @@
     Y         BT.601, 16 to 235, of the uint8 RGB; not rounded, as in SwinIR and BasicSR. KAIR and
               MATLAB's rgb2ycbcr round it: 0.001 dB less at 22 dB, 1.6 dB less at 52 dB.
     channels  PSNR: one squared error over all channels. SSIM, PSNR-B: one value for each, averaged.
-    exact     In train.py's validation an image counts as 60 dB at most, about what is left by
-              rounding to 8 bits. An image that is met exactly, as a black one may be, has no PSNR.
+    exact     The PSNR of equal images is infinite, and so is a mean that holds it. In train.py's
+              validation an image counts as 60 dB at most, about what rounding to 8 bits leaves.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import difflib
 import importlib
 import json
 import math
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -93,20 +94,20 @@ def psnrb(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False)
     """
     pred, target, peak = comparable(pred, target, crop_border, y)
     height, width = pred.shape[1:]
-    # SwinIR's count, which is kept for the sake of its figures: it is one too low for each side
-    # that is no multiple of 8.
-    borders = height * (width // 8 - 1) + width * (height // 8 - 1)
-    others = height * (width - 1) + width * (height - 1) - borders
-    if borders <= 0:
+    # Pairs of neighbouring pixels, across the edges of blocks and elsewhere. As in SwinIR, whose
+    # figures this keeps, one edge is missing along each side that is no multiple of 8.
+    edge_pairs = height * (width // 8 - 1) + width * (height // 8 - 1)
+    other_pairs = height * (width - 1) + width * (height - 1) - edge_pairs
+    if edge_pairs <= 0:
         raise UserError(f"PSNR-B needs two 8x8 blocks inside the border, not {width}x{height}")
     values = []
     for a, b in zip(pred, target, strict=True):
-        # How much larger squared steps are across the borders of blocks than elsewhere.
+        # How much larger squared steps are across the edges of blocks than elsewhere.
         steps_x = np.sum(np.diff(a, axis=1) ** 2, axis=0)  # (W - 1,)
         steps_y = np.sum(np.diff(a, axis=0) ** 2, axis=1)  # (H - 1,)
         across = steps_x[7::8].sum() + steps_y[7::8].sum()
         within = steps_x.sum() + steps_y.sum() - across
-        excess = max(across / borders - within / others, 0)
+        excess = max(across / edge_pairs - within / other_pairs, 0)
         blockiness = excess * math.log2(8) / math.log2(min(height, width))
         values.append(decibels(np.mean((a - b) ** 2) + blockiness, peak))
     return sum(values) / len(values)
@@ -116,11 +117,11 @@ def psnrb(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False)
 # `--measures=psnr,ssim` decides which network is the best: larger is better.
 MEASURES = {"psnr": psnr, "ssim": ssim, "psnrb": psnrb}
 FORMATS = {"psnr": "{:.2f} dB", "ssim": "SSIM {:.4f}", "psnrb": "PSNR-B {:.2f} dB"}
-MOST = {"psnr": 60.0, "psnrb": 60.0}  # what an image counts at most: an exact one has infinite dB
+CAPS = {"psnr": 60.0, "psnrb": 60.0}  # so that one exact image doesn't make the mean infinite
 
 
-def bounded(name: str, value: float) -> float:
-    return min(value, MOST.get(name, math.inf))
+def capped(name: str, value: float) -> float:
+    return min(value, CAPS.get(name, math.inf))
 
 
 def describe_measure(name: str, value: float) -> str:
@@ -294,7 +295,7 @@ class PerceptualLoss(nn.Module):
             torch.hub's copy or download.
 
     `forward` takes two (B, 3 or 1, H, W) and returns the perceptual and the style loss, each
-    times its weight. Raises UserError for layers, criteria or weights that can't be had.
+    times its weight. Raises UserError for unknown layers or criteria, and missing weights.
     """
 
     def __init__(
@@ -336,10 +337,11 @@ class PerceptualLoss(nn.Module):
             file = load(source, map_location="cpu", weights_only=True)
             for n, name in enumerate(self.names):
                 if name.startswith("conv"):
-                    self.register_buffer(f"{name}_weight", file[f"features.{n}.weight"], False)
-                    self.register_buffer(f"{name}_bias", file[f"features.{n}.bias"], False)
+                    for kind in ("weight", "bias"):
+                        value = file[f"features.{n}.{kind}"]
+                        self.register_buffer(f"{name}_{kind}", value, persistent=False)
         except Exception as error:  # of the network, of the disk, of a damaged file
-            advice = f"put {VGG19_URL} at {VGG19_FILE}"
+            advice = f"put {VGG19_URL} at {vgg_path or VGG19_FILE}"
             raise UserError(f"{source}: {error!r:.200}; {advice}") from error
 
     def features(self, x: Tensor) -> list[Tensor]:
@@ -392,11 +394,11 @@ def gram_matrix(x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, C)
     return x @ x.mT / (x.shape[1] * x.shape[2])
 
 
-# Running means
+# Means
 
 
 class Meter:
-    """Means of a training's figures since the last log line, over all ranks.
+    """Means of the figures that training steps return, since the last log line, over all ranks.
 
     Everything stays on the device: `add` does not wait for a GPU, only `means` does.
     """
@@ -409,7 +411,8 @@ class Meter:
         self.sums: Tensor | None = None  # of each name, then finite, skipped, skipped in a row
 
     def add(self, figures: dict[str, Tensor], finite: Tensor) -> None:
-        """Figures of a step, scalars on the device. What isn't finite is counted, not added."""
+        """Figures of a step, scalars on the device. `finite`: whether the step changed the weights.
+        If it did not, it is counted as skipped, and its figures are left out."""
         if self.names != list(figures):  # the first step, or a restart with another loss
             self.names = list(figures)
             self.sums = torch.zeros(len(figures) + 3, device=self.device)
@@ -418,10 +421,11 @@ class Meter:
         bad = 1 - good
         counts = torch.stack([good, bad, bad])
         self.sums += torch.cat([values.where(good > 0, 0), counts])
-        self.sums[-1] *= bad  # the last count starts again at a finite step
+        self.sums[-1] *= bad  # the last count, of steps in a row, is 0 after a finite step
 
     def means(self) -> dict[str, float]:
         """The mean of each figure (nan if no step was finite), and the counts of skipped steps."""
+        # The mean over the ranks. The counts are the same on all of them.
         *sums, finite, skipped, in_a_row = sum_over_ranks(self.sums / self.world).tolist()
         means = {}
         for name, total in zip(self.names, sums, strict=True):
@@ -447,11 +451,12 @@ class Meter:
         if state:
             self.names = state["names"]
             rows = state["sums"]
+            # On more ranks than before, the rows are used again.
             self.sums = rows[self.rank % len(rows)].to(self.device)
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """In place."""
+    """Changes x, and returns it."""
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
@@ -499,7 +504,7 @@ class Log:
                 self.wandb = importlib.import_module("wandb")
                 self.run = self.wandb.init(
                     project=wandb,
-                    id=f"{folder.name}-{folder.stat().st_ino}",  # another one after resume=never
+                    id=self.run_id(),
                     name=folder.name,
                     dir=folder,
                     config=config,
@@ -509,14 +514,22 @@ class Log:
             advice = "pip install it; W&B: wandb login, or WANDB_MODE=offline"
             raise UserError(f"{error} ({advice})") from None
 
+    def run_id(self) -> str:
+        """W&B's name of the run. It is kept in the folder: a restart continues the curves, and
+        resume=never, which moves the folder away, begins others."""
+        file = self.folder / "wandb_id"
+        if not file.exists():
+            file.write_text(f"{self.folder.name}-{secrets.token_hex(4)}", encoding="utf-8")
+        return file.read_text(encoding="utf-8")
+
     def take_back(self, start: int) -> None:
         """Removes the events after iteration `start`, and a last line that a crash has cut."""
         kept = []
         if self.file.exists():
-            for line in self.file.read_text(encoding="utf-8").splitlines(keepends=True):
+            for line in self.file.read_text(encoding="utf-8").splitlines():
                 with contextlib.suppress(ValueError):
                     if json.loads(line)["iter"] <= start:
-                        kept.append(line)
+                        kept.append(line + "\n")
         partial = self.file.with_name("log.jsonl.partial")
         partial.write_text("".join(kept), encoding="utf-8")
         partial.replace(self.file)
@@ -545,7 +558,8 @@ class Log:
             entry = {"event": kind, "iter": it} | values
             file.write(json.dumps(entry, allow_nan=False) + "\n")
 
-        prefix = "eval" if values.get("eval_only") else kind  # not among the curves of the run
+        # Evaluations stay out of the curves of the training.
+        prefix = "eval" if values.get("eval_only") else kind
         if "dataset" in values:
             prefix += f"/{values['dataset']}"
         scalars = {f"{prefix}/{k}": v for k, v in values.items() if isinstance(v, float)}
@@ -559,7 +573,7 @@ class Log:
         if self.run:
             images = {name: self.wandb.Image(picture) for name, picture in pictures.items()}
             self.run.log(scalars | images, it)
-        if kind == "val" and it > 0:  # weights of another run have no curve
+        if kind == "val" and it > 0:  # at 0, an evaluation of pretrain_network, there is no curve
             self.draw_curves()
 
     def draw_curves(self) -> None:
@@ -638,6 +652,8 @@ def main() -> None:
         "--filename_tmpl", default="{}", help="name of the restored image; {} is the original's"
     )
     args = parser.parse_args()
+    if "{}" not in args.filename_tmpl:
+        sys.exit(f"filename_tmpl={args.filename_tmpl!r} must hold {{}}, the name of the original")
     if args.restored.is_dir() != args.originals.is_dir():
         sys.exit(f"{args.restored} and {args.originals}: give two images or two folders that exist")
     if args.restored.is_dir():

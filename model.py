@@ -3,14 +3,14 @@
     python model.py net_g_best.pth photos/ restored/   # a file or a folder; see --help
 
     net = load("net_g_best.pth")
-    output = restore(net, image)                       # (B, C, H, W) float in [0, 1], any size
+    output = restore(net, image)               # (B, in_chans, H, W) float in [0, 1], any size
 
 Arguments, defaults, state-dict keys, outputs and gradients are those of the authors' network
 (https://github.com/JingyunLiang/SwinIR, models/network_swinir.py), so weights go both ways. Only
 the initial weights differ: see `initialize`.
 
 Shapes: B images, C channels of the features, H x W pixels, n windows of N = window * window tokens,
-h heads of d = C / h channels. A token is a pixel of the features.
+h heads of d = C / h channels. A token is a pixel of the features. Images have in_chans channels.
 """
 
 import argparse
@@ -47,6 +47,7 @@ class SwinIR(nn.Module):
         img_size: Training size in pixels, a number or (H, W). It sets the shape of the attention
             masks in the state dict, and of the position embedding if `ape`. Windows are shifted
             only if both sides are larger than a window.
+        patch_size: Only divides img_size, as in the authors' network. 1 in all published ones.
         embed_dim: Channels of the features, C.
         depths, num_heads: Blocks and attention heads of each RSTB.
         upscale: Output pixels per input pixel, along each side.
@@ -57,8 +58,9 @@ class SwinIR(nn.Module):
         init_std: Standard deviation of the initial weights of linear layers (not in the
             authors' network, which has 0.02).
 
-    `forward` takes (B, in_chans, H, W) of any size and returns (B, in_chans, H * upscale,
-    W * upscale). Raises UserError for arguments that do not fit together.
+    `forward` takes (B, in_chans, H, W) of any size and returns (B, in_chans, H * factor,
+    W * factor): factor is upscale, or 1 without an upsampler. Raises UserError for arguments that
+    do not fit together.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class SwinIR(nn.Module):
         resi_connection: str = "1conv",
         init_std: float = 0.02,
     ) -> None:
+        upsampler = upsampler or ""  # the authors allow None
         arguments = plain_values(locals())  # first, while there are no other locals
         super().__init__()
         check_arguments(embed_dim, depths, num_heads, upscale, upsampler, resi_connection)
@@ -104,7 +107,7 @@ class SwinIR(nn.Module):
         self.window = min(window_size, height, width)
         self.shift = self.window // 2 if min(height, width) > window_size else 0
         self.multiple = self.window
-        mask = training_mask(height, width, self.window, self.shift)
+        mask = official_attn_mask(height, width, self.window, self.shift)
 
         # 1. Shallow features
         self.conv_first = conv3x3(in_chans, embed_dim)
@@ -208,7 +211,7 @@ class SwinIR(nn.Module):
         x = self.pos_drop(x)
         regions = None
         if self.shift:
-            regions = window_regions(H, W, self.window, self.shift, x.device)  # (n, N)
+            regions = window_regions(H, W, self.shift, x.device)  # (H, W)
         for layer in self.layers:
             x = layer(x, regions)
         return self.norm(x).permute(0, 3, 1, 2)
@@ -256,8 +259,8 @@ class RSTB(nn.Module):
 class SwinBlock(nn.Module):
     """Attention inside windows, then an MLP on each token, both with a norm and a skip connection.
 
-    All of it works on each window alone, so the windows are cut out once, at the beginning. With a
-    shift, the image is rolled first, so that these windows straddle the borders of the others.
+    All of it works on each window alone, so the windows are cut out once. With a shift, the image
+    is rolled first, so that these windows straddle the borders of the others.
     """
 
     def __init__(
@@ -273,7 +276,7 @@ class SwinBlock(nn.Module):
         attn_drop: float,
         drop_path: float,
         norm_layer: Any,
-        mask: Tensor | None,  # for the state dict
+        mask: Tensor | None,  # not used: see official_attn_mask
     ) -> None:
         super().__init__()
         self.window = window
@@ -281,41 +284,46 @@ class SwinBlock(nn.Module):
         self.register_buffer("attn_mask", mask)
         self.norm1 = norm_layer(dim)
         self.attn = WindowAttention(dim, window, heads, qkv_bias, qk_scale, attn_drop, drop)
-        self.add_branch = StochasticDepth(drop_path)
+        self.skip = StochasticDepth(drop_path)
         self.norm2 = norm_layer(dim)
         self.mlp = MLP(dim, int(dim * mlp_ratio), drop)
 
-    def forward(self, x: Tensor, regions: Tensor | None) -> Tensor:  # (B, H, W, C)
-        H, W = x.shape[1:3]
+    def forward(self, x: Tensor, regions: Tensor | None) -> Tensor:  # (B, H, W, C), (H, W)
         if self.shift:
             x = x.roll((-self.shift, -self.shift), (1, 2))
         else:
             regions = None
-        windows = window_partition(x, self.window)  # (B, n, N, C)
-        # The ONNX export is traced with gradients: a loop over parts would fix the image size.
+        # Backward needs all activations anyway, so parts would save nothing. The ONNX export is
+        # traced with gradients, too: a loop over parts would fix the image size.
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            windows = self.transform(windows, regions)
+            x = self.transform(x, regions)
         else:
-            windows = self.transform_in_parts(windows, regions)
-        x = window_reverse(windows, self.window, H, W)  # (B, H, W, C)
+            x = self.transform_in_parts(x, regions)
         if self.shift:
             x = x.roll((self.shift, self.shift), (1, 2))
         return x
 
-    def transform(self, x: Tensor, regions: Tensor | None) -> Tensor:  # (B, n, N, C)
-        x = self.add_branch(x, self.attn(self.norm1(x), regions))
-        return self.add_branch(x, self.mlp(self.norm2(x)))
+    def transform(self, x: Tensor, regions: Tensor | None) -> Tensor:  # (B, H, W, C)
+        H, W = x.shape[1:3]
+        x = window_partition(x, self.window)  # (B, n, N, C)
+        if regions is not None:
+            regions = window_partition(regions[None, :, :, None], self.window)[0, :, :, 0]
+        x = self.skip(x, self.attn(self.norm1(x), regions))
+        x = self.skip(x, self.mlp(self.norm2(x)))
+        return window_reverse(x, self.window, H, W)
 
     def transform_in_parts(self, x: Tensor, regions: Tensor | None) -> Tensor:
-        """The same, some windows at a time: this needs a third of the memory, and on a CPU it is
-        quicker, as the parts fit into its cache."""
-        tokens = 4096 if x.device.type == "cpu" else 65536
-        step = max(tokens // self.window**2, 1)
+        """The same, one square of the image at a time: this needs a third of the memory, and on a
+        CPU it is quicker, as a square fits into its cache."""
+        H, W = x.shape[1:3]
+        side = 64 if x.device.type == "cpu" else 256
+        side = max(side // self.window, 1) * self.window
         out = torch.empty_like(x)
-        for start in range(0, x.shape[1], step):
-            part = slice(start, start + step)
-            inside = None if regions is None else regions[part]
-            out[:, part] = self.transform(x[:, part], inside)
+        for top in range(0, H, side):
+            for left in range(0, W, side):
+                rows, columns = slice(top, top + side), slice(left, left + side)
+                inside = None if regions is None else regions[rows, columns]
+                out[:, rows, columns] = self.transform(x[:, rows, columns], inside)
         return out
 
 
@@ -348,11 +356,11 @@ class WindowAttention(nn.Module):
         B, n, N, C = x.shape
         d = C // self.heads
         qkv = self.qkv(x).view(B, n, N, 3, self.heads, d)
-        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).unbind(0)  # each (B, n, h, N, d)
+        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).contiguous()  # each (B, n, h, N, d)
         q = q * self.scale
-        if d % 4:
-            # Zeros up to a multiple of 4 channels: matrix products are up to twice as fast on a
-            # CPU. SwinIR-M has d = 30, SwinIR-S 10.
+        if d % 4 and q.dtype == torch.float32:
+            # Zeros up to a multiple of 4 channels: products of float32 matrices are up to twice as
+            # fast on a CPU. SwinIR-M has d = 30, SwinIR-S 10.
             q, k, v = (F.pad(t, (0, -d % 4)) for t in (q, k, v))
         dropout = self.attn_drop if self.training else 0.0
         x = window_attention(q, k, v, self.bias(), regions, dropout)
@@ -374,17 +382,21 @@ def window_attention(
         q, k, v: (B, n, h, N, d); q is scaled already.
         bias: (h, N, N).
         regions: (n, N) uint8 or None. Tokens of a window attend to each other only if they have
-            the same number. See `window_regions`.
+            the same label. See `window_regions`.
 
     Returns: (B, n, h, N, d).
+
+    F.scaled_dot_product_attention, with bias and regions as its mask, takes 1.2 to 2 times as long
+    on a CPU. On a GPU it was not measured.
     """
     scores = q @ k.transpose(-2, -1)  # (B, n, h, N, N)
     scores += bias.to(scores.dtype)
     if regions is not None:
-        apart = regions[:, :, None] != regions[:, None, :]  # (n, N, N)
-        # Added, because masked_fill takes ten times as long on a CPU. The authors add -100, but
-        # exp(-100) is a denormal number, with which CPUs are slow; exp(-200) is 0.
-        scores += apart[:, None] * torch.tensor(-200.0, dtype=scores.dtype)
+        labels = regions.to(scores.dtype)
+        difference = (labels[:, :, None] - labels[:, None, :])[:, None]  # (n, 1, N, N)
+        # -200 or less where labels differ: masked_fill takes ten times as long on a CPU. The
+        # authors add -100, but exp(-100) is a denormal number, with which CPUs are slow.
+        scores.addcmul_(difference, difference, value=-200.0)
     weights = scores.softmax(-1)
     if dropout > 0:
         weights = F.dropout(weights, dropout)
@@ -435,26 +447,25 @@ def window_reverse(windows: Tensor, window: int, H: int, W: int) -> Tensor:  # -
     return x.transpose(2, 3).reshape(B, H, W, C)
 
 
-def window_regions(H: int, W: int, window: int, shift: int, device: Any = "cpu") -> Tensor:
-    """(n, N) uint8: which tokens of a window are neighbours in the image.
+def window_regions(H: int, W: int, shift: int, device: Any = "cpu") -> Tensor:  # (H, W) uint8
+    """Labels of a rolled image. Tokens of a window attend to each other if their labels are equal.
 
-    Rolling the image brings its first rows and columns next to its last ones. Tokens that only
-    the roll made neighbours have different numbers.
+    The roll puts the first `shift` rows of the image below its last ones, and the first columns
+    right of its last ones. They are no neighbours there, so they get other labels.
     """
     rows = torch.arange(H, device=device) >= H - shift
     columns = torch.arange(W, device=device) >= W - shift
-    regions = 2 * rows[:, None].to(torch.uint8) + columns.to(torch.uint8)  # (H, W)
-    return window_partition(regions[None, :, :, None], window)[0, :, :, 0]
+    return 2 * rows[:, None].to(torch.uint8) + columns.to(torch.uint8)
 
 
-def training_mask(H: int, W: int, window: int, shift: int) -> Tensor | None:  # (n, N, N)
-    """The authors' form of `window_regions`, for the training size. It is part of the state dict,
-    and not used here."""
+def official_attn_mask(H: int, W: int, window: int, shift: int) -> Tensor | None:  # (n, N, N)
+    """What the authors' blocks hold for the training size: `window_regions` in their form. It is
+    here only to be part of the state dict."""
     if shift == 0:
         return None
     if H % window or W % window:
         raise UserError(f"img_size {H}x{W} must be a multiple of window_size={window}")
-    regions = window_regions(H, W, window, shift)
+    regions = window_partition(window_regions(H, W, shift)[None, :, :, None], window)[0, :, :, 0]
     apart = regions[:, :, None] != regions[:, None, :]
     return torch.where(apart, -100.0, 0.0)
 
@@ -557,7 +568,8 @@ def mean_colour(in_chans: int) -> Tensor:  # (1, in_chans, 1, 1)
 
 
 def plain_values(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Those to save: with lists for tuples, so that checkpoints and JSON files hold the same."""
+    """The arguments that are saved: with lists for tuples, as in JSON files. norm_layer can't be
+    saved, and init_std no longer matters."""
     plain = {}
     for name, value in arguments.items():
         if name not in ("self", "__class__", "norm_layer", "init_std"):
@@ -598,14 +610,15 @@ def keep_own_buffers(net: nn.Module, state_dict: dict[str, Tensor], prefix: str,
 # Networks by name
 
 # What train.py, `load` and `restore` ask of a network:
-#   arguments         dict of plain values: NETWORKS[name](**arguments) makes it again, in any file
+#   arguments         dict of plain values: NETWORKS[name](**arguments) rebuilds the network
 #   in_chans          channels of its input and output
 #   factor            output pixels per input pixel, along each side
 #   multiple          tiles of `restore` begin at multiples of this number of input pixels
 #   floats_per_pixel  floats that an inference holds per input pixel: `restore` chooses tiles by it
 #   layers            optional: modules that are alike, for torch.compile to compile once for all
 #   forward           (B, in_chans, H, W) of any size, in [0, 1], to (B, in_chans, H * factor, ...)
-# train.py passes those of its options NETWORK_OPTIONS that the constructor takes.
+# train.py passes those of its options NETWORK_OPTIONS that the constructor takes, its scale as
+# `upscale`, and the side of the input patch as `img_size`.
 NETWORKS = {"swinir": SwinIR}
 
 
@@ -696,10 +709,12 @@ def unwrap(file: dict[str, Any], param_key: str) -> dict[str, Any]:
     for key in keys:
         if isinstance(file.get(key), dict):
             return file[key]
+    is_state_dict = any(isinstance(value, Tensor) for value in file.values())
+    if is_state_dict and param_key in ("params_ema", "params"):
+        return file
     others = [key for key, value in file.items() if isinstance(value, dict) and key != "arguments"]
-    if param_key not in ("params_ema", "params") or "params_ema" in others:
-        raise UserError(f"it has no {param_key!r}, but {', '.join(map(repr, others)) or 'one set'}")
-    return file
+    names = ", ".join(map(repr, others)) or "one set of weights without a name"
+    raise UserError(f"it has no {param_key!r}, but {names} (param_key)")
 
 
 def swinir_arguments(weights: dict[str, Tensor], stated: dict[str, Any]) -> dict[str, Any]:
@@ -720,7 +735,7 @@ def swinir_arguments(weights: dict[str, Tensor], stated: dict[str, Any]) -> dict
 
     # The training size shows in the position embedding or in the masks of shifted blocks.
     ape = "absolute_pos_embed" in weights
-    img_size = 64 // window * window
+    img_size = 64 // window * window  # the constructor's default, in whole windows
     masks = [value for key, value in weights.items() if key.endswith("attn_mask")]
     if ape:
         img_size = isqrt(weights["absolute_pos_embed"].shape[1])
@@ -739,7 +754,9 @@ def swinir_arguments(weights: dict[str, Tensor], stated: dict[str, Any]) -> dict
         "img_size": img_size,
         "window_size": window,
         "mlp_ratio": mlp_ratio,
-        "img_range": 255.0 if window == 7 else 1.0,  # spandrel's convention, after JPEG networks
+        # Files don't hold it. Those with windows of 7 are the authors' JPEG networks, whose range
+        # is 255; spandrel goes by this, too.
+        "img_range": 255.0 if window == 7 else 1.0,
     }
     certain = {
         "in_chans": in_chans,
@@ -784,8 +801,8 @@ def portable(
     """A copy to save: contiguous CPU tensors under plain keys.
 
     It loads with strict=True in the official class, BasicSR's and spandrel's. The buffers are the
-    same in all blocks: the file holds each once, in types that spandrel's loader accepts. `shared`
-    is a dict to give for all state dicts of a file, which then share them.
+    same in all blocks: the file holds each once, in types that spandrel's loader accepts. State
+    dicts that are copied with the same dict `shared` share them, too.
     """
     copies = {}
     shared = {} if shared is None else shared
@@ -816,7 +833,7 @@ def restore(
 
     Args:
         image: (B, in_chans, H, W), float, in [0, 1], on any device.
-        tile: Side of the tiles in input pixels. None, and what is too large: as memory allows.
+        tile: Side of the tiles in input pixels. None, or too large a number: as memory allows.
         overlap: Input pixels that neighbouring tiles share; they are blended there.
         ensemble: Mean of the outputs for the eight symmetries: eight times as slow.
 
@@ -837,18 +854,25 @@ def restore(
     while True:
         try:
             return restore_tiles(net, image, size, overlap, ensemble)
-        except RuntimeError as error:  # each device says in its own way that memory is short
-            if size == net.multiple or "memory" not in str(error):
+        except RuntimeError as error:
+            if size == net.multiple or not is_out_of_memory(error):
                 raise
+        # Outside of `except`, where the error no longer holds on to the tensors.
         size = max(size // 2 // net.multiple, 1) * net.multiple
-        warnings.warn(f"out of memory: going on with tiles of {size} pixels", stacklevel=2)
+        warnings.warn(f"out of memory: going on with tiles of {size} pixels", stacklevel=3)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Each device says it in its own way: CUDA and MPS, a CPU on Linux, on Windows."""
+    phrases = ("out of memory", "can't allocate memory", "not enough memory")
+    return any(phrase in str(error) for phrase in phrases)
 
 
 def largest_tile(net: nn.Module, image: Tensor) -> int:
     """The side, in input pixels, of the largest tile whose inference fits into the memory."""
     device = next(net.parameters()).device
     free = 1.2e9  # bytes, on a CPU: 12 megapixels then take less than 2 GB in all
-    if device.type == "cuda":
+    if device.type == "cuda":  # of which a third is left to other allocations and programs
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = 0.7 * (torch.cuda.mem_get_info(device)[0] + cached)
     batch, _, height, width = image.shape
@@ -872,8 +896,8 @@ def in_pieces(f: Any, x: Tensor, dim: int, size: int, overlap: int, factor: int)
     """f(x), `factor` times as large, computed piece by piece along `dim`."""
     B, C, H, W = x.shape
     out = x.new_empty(B, C, H * factor, W * factor)
-    # Each piece fades in over the overlap: steeply in the middle, where both have seen enough
-    # around a pixel, but never from exactly 0 or to exactly 1.
+    # Each piece fades in over the overlap. The 8th power makes it steep in the middle: there, both
+    # pieces are far from their own edges, where they lack what lies beyond.
     t = (torch.arange(overlap * factor, device=x.device, dtype=x.dtype) + 0.5) / max(
         overlap * factor, 1
     )
@@ -1061,7 +1085,8 @@ def check_device(name: str) -> None:
 
 
 def fitting(source: Path, target: Path) -> bool:
-    """An output with a suffix must be .png, and is for one image. (v1.2 is no suffix.)"""
+    """A .png file is for one image. What ends like another image file is refused; all else, such
+    as restored_v1.2, is the name of a folder."""
     suffix = target.suffix.lower()
     if suffix == ".png":
         return not source.is_dir()
@@ -1069,7 +1094,8 @@ def fitting(source: Path, target: Path) -> bool:
 
 
 def list_jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
-    """(image, output) for each image. Images that differ in their suffix alone keep it."""
+    """(image, output) for each image. Outputs of images that differ in their suffix alone keep it:
+    a.jpg.png, a.tif.png."""
     if not source.exists():
         raise UserError(f"{source} is not there")
     data = data_module()
@@ -1133,7 +1159,7 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except ImportError as error:
-        sys.exit(f"error: {error}: pip install onnx onnxruntime")
+        sys.exit(f"error: {error}: pip install {error.name}")
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

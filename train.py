@@ -4,7 +4,8 @@
     python train.py configs/denoise.py --dataroot_gt=DIV2K_HR --val_gt=CBSD68 --lr=1e-4
     torchrun --nproc_per_node=8 train.py configs/denoise.py   # batch_size is global
 
-The same command again continues where it stopped.
+The same command again continues where it stopped. In a config file, `lr = lambda cfg: ...` is a
+rule that follows other options.
 """
 
 import ast
@@ -50,8 +51,8 @@ from data import (
     UserError,
     ValidationImages,
     dataset_options,
-    degradation_options,
     imresize,
+    options_of_degradation,
     sample_batches,
     train_loader,
     validation_options,
@@ -61,7 +62,7 @@ from metrics import (
     Log,
     Meter,
     WeightedLoss,
-    bounded,
+    capped,
     describe_measure,
     parse_loss,
     psnr,
@@ -76,26 +77,22 @@ class Config:
     name: str = "denoise_color25"  # results go to experiments/<name>
     seed: int = 0  # of all that is drawn: initial weights, samples, DropPath
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    resume: Literal["auto", "never"] = (
-        "auto"  # never: the old folder moves to <name>_archived_<time>
-    )
+    # never: the old folder moves to <name>_archived_<time>
+    resume: Literal["auto", "never"] = "auto"
     eval_only: bool = False  # validate the last checkpoint, or else pretrain_network, and stop
     max_hours: float | None = None  # save and stop after this time; None: no limit
-    amp: Literal["auto", "bf16", "fp16", "tf32", "none"] = (
-        "auto"  # auto: bf16 where hardware has it
-    )
+    # auto: bf16 where hardware has it
+    amp: Literal["auto", "bf16", "fp16", "tf32", "none"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"  # auto: on for CUDA on Linux
 
     # data: folders, or files made by data.py pack; several are separated by commas
     dataroot_gt: str | tuple[str, ...] | None = None  # clean images; None: synthetic ones
     dataroot_lq: str | tuple[str, ...] | None = None  # their partners; None: made by `degradation`
-    dataset_weights: tuple[float, ...] | None = (
-        None  # how often to draw from each root; None: by size
-    )
+    # how often to draw from each root; None: by size
+    dataset_weights: tuple[float, ...] | None = None
     filename_tmpl: str = "{}"  # name of the partner of {}: {}x4 pairs baby.png with babyx4.png
-    meta_info_file: str | None = (
-        None  # lists the files to use, as a/1.png below dataroot_gt; None: all
-    )
+    # lists the files to use, as a/1.png below dataroot_gt; None: all
+    meta_info_file: str | None = None
     degradation: str = "noise"  # noise, jpeg, bicubic: see DEGRADATIONS in data.py
     sigma: float | tuple[float, ...] = 25.0  # noise: deviation of 255, or a range as 0,50
     quality: int | tuple[int, ...] = 40  # jpeg: 1 to 100, or a range as 10,40
@@ -119,47 +116,41 @@ class Config:
     drop_path_rate: float = 0.1  # stochastic depth
     init_std: float = 0.02  # deviation of the initial weights of linear layers
     use_checkpoint: bool = False  # recompute activations: less memory, more time
-    pretrain_network: str | None = (
-        None  # weights to start from: ours, official, BasicSR's or KAIR's
-    )
+    # weights to start from: ours, official, BasicSR's or KAIR's
+    pretrain_network: str | None = None
     param_key: str = "params_ema"  # which weights of that file
     strict_load: bool = True  # False: take what fits
 
     # optimisation
     batch_size: int = 8  # global: samples per step over all ranks and micro-batches
-    accumulate: int | None = (
-        None  # micro-batches per step and rank; None: 1, on a CPU as memory demands
-    )
+    # micro-batches per step and rank; None: 1, on a CPU as memory demands
+    accumulate: int | None = None
     total_iters: int = 1_600_000
     optimizer: str = "adam"  # adam, adamw: see OPTIMIZERS
     lr: float = 2e-4
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
-    loss: str = (
-        "charbonnier"  # l1, mse, charbonnier, perceptual, style, or a sum: l1+0.1*perceptual
-    )
+    # l1, mse, charbonnier, perceptual, style, or a sum: l1+0.1*perceptual
+    loss: str = "charbonnier"
     vgg_layers: tuple[str, ...] = ("conv5_4",)  # perceptual, style: layers of VGG19, as conv4_4:0.5
     vgg_criterion: Literal["l1", "l2", "fro"] = "l1"  # distance of their features
     vgg_input_norm: bool = True  # standardise images as ImageNet's
-    vgg_path: str | None = (
-        None  # torchvision's vgg19-dcbb9e9d.pth; None: BasicSR's place, or download
-    )
+    # torchvision's vgg19-dcbb9e9d.pth; None: BasicSR's place, or download
+    vgg_path: str | None = None
     scheduler: str = "multistep"  # multistep, cosine: see SCHEDULES
-    milestones: tuple[int, ...] = (800_000, 1_200_000, 1_400_000, 1_500_000)  # after each, lr times
-    gamma: float = 0.5  # this
-    warmup_iters: int = 0  # the lr grows linearly and reaches its value at this iteration
+    milestones: tuple[int, ...] = (800_000, 1_200_000, 1_400_000, 1_500_000)  # of multistep
+    gamma: float = 0.5  # multistep: by which the lr is multiplied after each milestone
+    warmup_iters: int = 0  # the lr grows linearly until this iteration; milestones don't shift
     grad_clip: float | None = None  # largest norm of the gradient; None: no clipping
     ema_decay: float = 0.999  # of the averaged weights, which are validated; 0: no averaging
 
     # validation and files
-    val_gt: str | tuple[str, ...] | None = (
-        None  # None: synthetic images, unless dataroot_lq is given
-    )
+    # None: synthetic images, unless dataroot_lq is given
+    val_gt: str | tuple[str, ...] | None = None
     val_lq: str | tuple[str, ...] | None = None  # their partners; None: made by `degradation`
     val_freq: int = 5000  # iterations between validations; 0: never
-    measures: tuple[str, ...] | None = (
-        None  # see MEASURES in metrics.py; None: psnr, ssim, jpeg: psnrb
-    )
+    # see MEASURES in metrics.py; None: psnr, ssim, jpeg: psnrb
+    measures: tuple[str, ...] | None = None
     crop_border: int = 0  # pixels cut off on each side before PSNR and SSIM
     test_y_channel: bool = False  # PSNR and SSIM on the Y channel of YCbCr
     pad_window: bool = False  # pad a window more than needed, as the script behind SwinIR's figures
@@ -288,6 +279,7 @@ def build_network(cfg: Config, use_checkpoint: bool = False) -> nn.Module:
 def build_average(network: nn.Module) -> nn.Module:
     """A copy whose parameters average the network's. It shares the buffers: statistics of a
     BatchNorm follow."""
+    # What `memo` holds, deepcopy takes instead of copying it.
     shared = {id(buffer): buffer for buffer in network.buffers()}
     return copy.deepcopy(network, memo=shared).requires_grad_(False)
 
@@ -315,7 +307,7 @@ def open_validation_sets(cfg: Config) -> dict[str, ValidationImages]:
         return {}  # pairs of one's own: synthetic images would say nothing
     options = {"scale": cfg.scale, "in_chans": cfg.in_chans, "filename_tmpl": cfg.filename_tmpl}
     options |= {"degradation": cfg.degradation, "crop_border": cfg.crop_border}
-    options |= degradation_options(cfg.degradation, cfg)
+    options |= options_of_degradation(cfg.degradation, cfg)
     sets = {}
     for i, root in enumerate(gt_roots):
         name = Path(os.path.abspath(root)).stem if root else "synthetic"
@@ -333,7 +325,7 @@ def train_step(
     criterion: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    pairs: list[list[Tensor]],
+    micro_batches: list[list[Tensor]],
     cfg: Config,
     precision: str,
 ) -> tuple[dict[str, Tensor], Tensor]:
@@ -343,7 +335,7 @@ def train_step(
     it was not, no weight has changed. All are scalars on the device: nothing waits for it.
     """
     optimizer.zero_grad()
-    figures = backward(ddp_model, criterion, scaler, pairs, precision)
+    figures = backward(ddp_model, criterion, scaler, micro_batches, precision)
     scaler.unscale_(optimizer)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
@@ -357,29 +349,33 @@ def backward(
     ddp_model: nn.Module,
     criterion: nn.Module,
     scaler: torch.amp.GradScaler,
-    pairs: list[list[Tensor]],
+    micro_batches: list[list[Tensor]],
     precision: str,
 ) -> dict[str, Tensor]:
     """Adds the gradients of all micro-batches, and returns the loss and its terms, if several."""
     figures: dict[str, Tensor] = {}
-    for micro, (lq, gt) in enumerate(pairs):
+    count = len(micro_batches)
+    for i, (lq, gt) in enumerate(micro_batches):
         # The last micro-batch sums the gradients over the ranks.
-        ddp_model.require_backward_grad_sync = micro == len(pairs) - 1
+        ddp_model.require_backward_grad_sync = i == count - 1
         with autocast(lq.device, precision):
             terms = criterion(ddp_model(lq), gt)
-        loss = sum(terms.values()) / len(pairs)
+        loss = sum(terms.values()) / count
         scaler.scale(poison_if_not_finite(loss)).backward()
 
         figures["loss"] = figures.get("loss", 0) + loss.detach()
         if len(terms) > 1:
             for name, term in terms.items():
-                figures[name] = figures.get(name, 0) + term.detach() / len(pairs)
+                figures[name] = figures.get(name, 0) + term.detach() / count
     return figures
 
 
 def poison_if_not_finite(loss: Tensor) -> Tensor:
-    """The loss, with gradients of nan where it is nan or infinite. By their sum over the ranks,
-    all ranks then skip the step."""
+    """The loss, with gradients of nan if it is nan or infinite.
+
+    L1 has the gradient 0 where the output is nan, so the gradients could be finite although the
+    loss isn't. Summed over the ranks, gradients of nan make all of them skip the step.
+    """
     return loss * (1 + 0 * loss.detach())
 
 
@@ -387,7 +383,8 @@ def step_if_finite(
     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, finite: Tensor
 ) -> None:
     if optimizer.defaults.get("fused") and finite.device.type != "mps":
-        # 1: the fused kernels change nothing. (With fp16, GradScaler sets its own.)
+        # Fused optimizers read found_inf on the device, and change nothing if it is 1. (With fp16,
+        # GradScaler sets it. On mps, the fused kernels don't read it.)
         optimizer.found_inf = 1 - finite.float()
         scaler.step(optimizer)
     elif finite:  # waits for the device
@@ -415,27 +412,30 @@ def evaluate(
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Means of the measures over all images, and strips of this rank's if cfg.save_img.
 
-    Besides the measures: "input_psnr", and "exact", the number of images met exactly. Each rank
-    takes every world-th image. Means run over all in order, whatever the number of ranks.
+    Besides the measures: "input_psnr", and "exact", the number of images reproduced exactly. Each
+    rank takes every world-th image. Means run over all in order, whatever the number of ranks.
+    Without autocast: in float32, or TF32 on GPUs unless amp=none.
     """
     share_buffers(network)
     names = measures_of(cfg)
     scores = torch.zeros(len(images), len(names) + 2, dtype=torch.float64)
     strips = {}
     for i in range(rank, len(images), world):
-        name, lq, gt = images[i].values()
+        image = images[i]
+        lq, gt = image["lq"], image["gt"]
         output = restored_pixels(network, lq, gt, cfg)
         peak = np.iinfo(gt.dtype).max
-        enlarged = (lq.clamp(0, 1) * peak).round().permute(1, 2, 0).numpy().astype(gt.dtype)
+        baseline = (lq.clamp(0, 1) * peak).round().permute(1, 2, 0).numpy().astype(gt.dtype)
         if cfg.scale > 1:
-            enlarged = imresize(enlarged, cfg.scale)
+            baseline = imresize(baseline, cfg.scale)
         how = (gt, cfg.crop_border, cfg.test_y_channel)
-        values = [bounded(measure, MEASURES[measure](output, *how)) for measure in names]
-        before = bounded("psnr", psnr(enlarged, *how))
+        values = [capped(measure, MEASURES[measure](output, *how)) for measure in names]
+        before = capped("psnr", psnr(baseline, *how))
         exact = np.array_equal(output, gt)
-        scores[i] = torch.tensor([*values, before, exact])
+        scores[i] = torch.tensor([*values, before, exact], dtype=scores.dtype)
         if cfg.save_img:
-            strips[name] = strip(enlarged, output, gt, before, values[0])
+            after = capped("psnr", psnr(output, *how))
+            strips[image["name"]] = strip(baseline, output, gt, before, after)
     scores = sum_over_ranks(scores)  # sums with zeros, which are exact
     *means, input_psnr, _ = scores.mean(0).tolist()
     exact = int(scores[:, -1].sum())
@@ -483,7 +483,7 @@ def protocol_of(cfg: Config) -> str:
     if cfg.val_lq:
         parts.append("pairs")
     else:
-        options = degradation_options(cfg.degradation, cfg)
+        options = options_of_degradation(cfg.degradation, cfg)
         if cfg.degradation not in ("noise", "jpeg"):
             parts.append(cfg.degradation)
         for name, value in validation_options(options).items():
@@ -510,14 +510,14 @@ def validate(
     folder: Path,
     log: Log,
 ) -> bool:
-    """Evaluates and logs all sets, and updates `best`: {set, measure and protocol: [value, it]}.
+    """Evaluates and logs all sets, and updates `best`: {best_key: [value, iteration]}.
 
     Returns whether the network is the best one so far, by the first measure on the first set.
     """
     network.eval()
     protocol = protocol_of(cfg)
     measure = measures_of(cfg)[0]
-    decisive = best_key(next(iter(val_sets)), cfg)
+    decisive = best_key(next(iter(val_sets.values())), cfg)
     if not cfg.eval_only:
         forget_other_bests(best, decisive, folder, it, hardware.rank)
     for dataset, images in val_sets.items():
@@ -531,7 +531,7 @@ def validate(
             picture.save(path)
             pictures[f"{dataset}/{name}"] = picture
 
-        key = best_key(dataset, cfg)
+        key = best_key(images, cfg)
         value = means[measure]
         if key not in best or value > best[key][0]:
             best[key] = [value, it]
@@ -548,15 +548,17 @@ def validate(
     return best[decisive][1] == it
 
 
-def best_key(dataset: str, cfg: Config) -> str:
-    return f"{dataset}: {measures_of(cfg)[0]}, {protocol_of(cfg)}"
+def best_key(images: ValidationImages, cfg: Config) -> str:
+    """What figures must have in common to be compared."""
+    return f"{images.source}: {measures_of(cfg)[0]}, {protocol_of(cfg)}"
 
 
 def forget_other_bests(
     best: dict[str, list[float]], decisive: str, folder: Path, it: int, rank: int
 ) -> None:
     """If validation has changed, figures don't compare, and net_g_best.pth is of the old one: it
-    is kept under another name. The first key of `best` is the one that decided."""
+    is kept under another name. The first key of `best` is the one that decided: dicts keep their
+    order, also in a checkpoint."""
     if next(iter(best), decisive) == decisive:
         return
     best.clear()
@@ -567,8 +569,9 @@ def forget_other_bests(
 
 # The run
 
+FINITE_ADVICE = "restart with a lower --lr, --grad_clip=1 or --amp=none"
 MOST_SKIPPED = 50  # steps in a row without a finite loss, after which a run stops
-SPOILT = 9  # as many mean that the weights are spoilt: no checkpoint is saved
+SPOILT_AFTER = 9  # this many in a row mean that the weights are spoilt, and are not saved
 
 
 def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one piece
@@ -576,12 +579,14 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
 
     Raises UserError for options and files that can't work.
     """
+    begin = time.perf_counter()
     hardware = set_up_hardware(cfg)
     device, rank, world = hardware.device, hardware.rank, hardware.world
     folder = Path("experiments") / cfg.name
 
     # Data
     val_sets = open_validation_sets(cfg)
+    # An evaluation opens no training images: by default, synthetic ones are drawn when used.
     dataset = PairedImageDataset(**({} if cfg.eval_only else dataset_options(cfg)))
 
     # Network, and the checkpoint to continue from
@@ -590,7 +595,7 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
     start_ranks(hardware)
     lock = lock_existing(folder, rank)  # before the checkpoint is read: another run may be saving
     use_old = cfg.resume == "auto" or cfg.eval_only
-    state, weights = last_checkpoint(folder, rank, world) if use_old else (EMPTY_STATE, {})
+    state, weights = last_checkpoint(folder, rank, world) if use_old else (FRESH_STATE, {})
     start, best = state["iter"], dict(state["best"])
     set_threads(device, state.get("threads"))
     changes = check_resume(cfg, state, folder, val_sets)
@@ -609,7 +614,7 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
     # Folder and log: from here on, files are written
     wait_for_all(world)
     lock = open_folder(folder, cfg, rank, lock)
-    log_start = 2**62 if cfg.eval_only else start  # an evaluation takes nothing back
+    log_start = 2**62 if cfg.eval_only else start  # events after it are removed from the log
     log = Log(folder, log_start, cfg.use_tb_logger, cfg.wandb, vars(cfg), quiet=rank > 0)
     describe_run(log, cfg, folder, start, changes, dataset, val_sets, notices)
     if cfg.eval_only:
@@ -633,8 +638,8 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
         write_network(path, network, average, cfg, hardware, it)
 
     def save(it: int) -> bool:
-        if meter.skipped_in_a_row() >= SPOILT:
-            log(f"iteration {it:,} isn't saved: its last {SPOILT} steps had no finite loss")
+        if meter.skipped_in_a_row() >= SPOILT_AFTER:
+            log(f"iteration {it:,} isn't saved: its last {SPOILT_AFTER} steps had no finite loss")
             return False
         save_network(it, it)
         write_state(folder, it, best, cfg, parts, hardware)
@@ -646,19 +651,21 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
     workers = min(cfg.num_workers, os.cpu_count() or 1)
     loader = train_loader(dataset, sampler, workers, pin=device.type == "cuda")
     bar = tqdm(total=cfg.total_iters, initial=start, disable=None if rank == 0 else True)
-    with bar, Prefetcher(loader, device) as batches, StopRequests(cfg.max_hours) as requests:
+    requests = StopRequests(cfg.max_hours, begin)
+    saved = start > 0
+    with bar, Prefetcher(loader, device) as batches, requests:
         clock = Clock(start)
-        saved = start > 0
         for it in range(start + 1, cfg.total_iters + 1):
             try:
-                pairs = [next(batches) for _ in range(hardware.accumulate)]
+                micro_batches = [next(batches) for _ in range(hardware.accumulate)]
             except UnreadableImage as error:
-                requests.stop_with(error)  # below, together with all ranks
-            save_now, stop, code = requests.agree(world)
-            if (save_now or code or stop) and it > start + 1:
+                requests.stop_with(error)  # sets the exit code, so that all ranks return below
+            save_now, time_is_up, code = requests.agree(world)
+            made_a_step = it > start + 1  # restarts under --max_hours get on by at least one
+            if made_a_step and (save_now or time_is_up or code):
                 with clock.paused(device):
                     saved = save(it - 1)
-            if code or (stop and it > start + 1):
+            if code or (time_is_up and made_a_step):
                 how = "saved: the same command continues" if saved else "not saved"
                 log(f"stopped after iteration {it - 1:,}, {how}")
                 return code
@@ -667,7 +674,7 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
             torch.manual_seed(((cfg.seed * 1_000_003 + it) * 4099 + rank) % 2**63)
             lr = set_lr(optimizer, lr_at(it, cfg))
             figures, finite = train_step(
-                ddp_model, criterion, optimizer, scaler, pairs, cfg, hardware.precision
+                ddp_model, criterion, optimizer, scaler, micro_batches, cfg, hardware.precision
             )
             if cfg.ema_decay:
                 update_average(average, network, it, cfg.ema_decay)
@@ -681,8 +688,8 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
                 means = meter.means()
                 log_step(log, cfg, it, means, lr, clock, batches)
                 if means["skipped_in_a_row"] >= MOST_SKIPPED:
-                    advice = "restart with a lower --lr, --grad_clip=1 or --amp=none"
-                    raise UserError(f"stopped: no finite loss in {MOST_SKIPPED} steps; {advice}")
+                    sentence = f"stopped: no finite loss in {MOST_SKIPPED} steps"
+                    raise UserError(f"{sentence}; {FINITE_ADVICE}")
                 meter.reset()
                 clock.restart(it)
                 batches.wait = 0.0
@@ -691,12 +698,15 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
                 with clock.paused(device):
                     if validate(average, val_sets, cfg, hardware, it, best, folder, log):
                         save_network("best", it)
-                    network.train()
+                    network.train()  # with ema_decay=0, it is `average`
+                bar.set_postfix_str("")
             if it % cfg.save_checkpoint_freq == 0 or last:
                 with clock.paused(device):
-                    save(it)
+                    saved = save(it)
             if device.type == "cpu" or it % cfg.print_freq == 0:
                 bar.set_postfix_str(f"loss {figures['loss'].item():.2e}, lr {lr:.1e}")
+    if not saved:
+        raise UserError(f"finished, but not saved: {FINITE_ADVICE}")
     log(f"finished: the weights are in {folder / 'models'}; to go on, raise --total_iters")
     del lock  # held until here
     return 0
@@ -769,7 +779,7 @@ def log_step(
     text += f", {speed:.1f} img/s, {left} left, {waiting:.0%} waiting for data"
     if means["skipped"]:
         text += f", {means['skipped']:.0f} skipped"
-    if waiting > 0.25 and clock.warm:
+    if waiting > 0.25 and clock.intervals > 1:
         text += " (try data.py pack or --num_workers)"
     values = {name: value for name, value in means.items() if name != "skipped_in_a_row"}
     values |= {"lr": lr, "time": seconds / steps, "data_time": batches.wait / steps}
@@ -784,7 +794,9 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
     return lr
 
 
-# Options: from config files and the command line
+# Plumbing: no experiment needs to change what follows.
+
+# Options, from config files and the command line
 
 
 def load_config(argv: list[str]) -> Config:
@@ -798,7 +810,10 @@ def load_config(argv: list[str]) -> Config:
 
 
 def read_config(argv: list[str]) -> Config:
-    """Files first, in order, then options; types and bounds are checked. Raises UserError."""
+    """Files first, in order, then options; types and bounds are checked. Raises UserError.
+
+    A value in a file may be a rule, which is a function of the other options.
+    """
     if {"-h", "--help"} & set(argv):
         print(f"{__doc__}\nAll options:\n\n{inspect.getsource(Config)}", flush=True)
         raise SystemExit(0)
@@ -1018,7 +1033,7 @@ def check_resume(
     if not start:
         return [f"{name}={value}" for name, (_, value) in changed.items()]
 
-    fixed = [*FIXED_ON_RESUME, *degradation_options(cfg.degradation)]
+    fixed = [*FIXED_ON_RESUME, *options_of_degradation(cfg.degradation)]
     if not cfg.dataroot_gt:
         fixed.append("dataroot_gt")  # it may have been forgotten
     if cfg.eval_only:
@@ -1033,8 +1048,6 @@ def check_resume(
         raise UserError(f"{', '.join(refused)} can't change in a run that has started: {advice}")
     return list(texts.values())
 
-
-# Plumbing: no experiment needs to change what follows.
 
 # The machine
 
@@ -1169,9 +1182,11 @@ def distribute(network: nn.Module, world: int) -> nn.Module:
     if world == 1:
         return network
     ddp_model = nn.parallel.DistributedDataParallel(network)
-    # Not in every forward pass: share_buffers() does it before a validation.
+    # Buffers are equal here, as DDP has just sent them. Later, share_buffers() sends them before a
+    # validation, not every forward pass.
     ddp_model.broadcast_buffers = False
-    # DDP orders its buckets, and so how sums round, by a first backward. A restart must agree.
+    # The first backward makes DDP rearrange its buckets, which changes how sums round. It is made
+    # here, so that a restart sums as the run did that it continues.
     network.eval()
     device = next(network.parameters()).device
     side = network.multiple
@@ -1182,7 +1197,8 @@ def distribute(network: nn.Module, world: int) -> nn.Module:
 
 # Checkpoints
 
-EMPTY_STATE: dict[str, Any] = {"iter": 0, "best": {}, "config": vars(Config())}
+# Before the first step. Options that differ from the defaults are listed as changes.
+FRESH_STATE: dict[str, Any] = {"iter": 0, "best": {}, "config": vars(Config())}
 
 
 def write_network(
@@ -1215,7 +1231,8 @@ def write_state(
     hardware: Hardware,
 ) -> None:
     """What a restart needs besides the weights."""
-    content = {name: part.state_dict() for name, part in parts.items()}  # by all ranks
+    # On all ranks, because Meter sums over them.
+    content = {name: part.state_dict() for name, part in parts.items()}
     if hardware.rank > 0:
         return
     content |= {"iter": it, "best": best, "config": vars(cfg)}
@@ -1242,10 +1259,10 @@ def last_checkpoint(
     folder: Path, rank: int = 0, world: int = 1
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(state, weights) of the newest checkpoint that is whole: the one that rank 0 finds."""
-    state, weights = EMPTY_STATE, {}
+    state, weights = FRESH_STATE, {}
     if rank == 0:
         state, weights = newest_whole_checkpoint(folder)
-    it = int(sum_over_ranks(torch.tensor([state["iter"]])).item())
+    it = int(sum_over_ranks(torch.tensor([state["iter"]])).item())  # of other ranks it is 0
     if rank > 0 and it > 0:
         state, weights = load_checkpoint(folder, it)
     return state, weights
@@ -1258,7 +1275,7 @@ def newest_whole_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any
             return load_checkpoint(folder, it)
         except UserError as error:
             print(f"warning: {error}: the one before is used, if any", file=sys.stderr)
-    return EMPTY_STATE, {}
+    return FRESH_STATE, {}
 
 
 def load_checkpoint(folder: Path, it: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -1285,8 +1302,8 @@ def restore_parts(parts: dict[str, Any], state: dict[str, Any], log: Log) -> Non
         content = state[name]
         if isinstance(part, torch.optim.Optimizer):
             groups = part.state_dict()["param_groups"]
-            sizes = [[len(g["params"]) for g in of] for of in (groups, content["param_groups"])]
-            if sizes[0] != sizes[1]:
+            sizes = [len(group["params"]) for group in groups]
+            if sizes != [len(group["params"]) for group in content["param_groups"]]:
                 advice = "undo the change, or give another --name"
                 raise UserError(
                     f"{name}: its parameter groups differ from the checkpoint's: {advice}"
@@ -1333,7 +1350,10 @@ def open_folder(folder: Path, cfg: Config, rank: int, lock: Any) -> Any:
     unwanted = cfg.resume == "never" and (folder / "config.json").exists()
     if cfg.eval_only or not (stateless or unwanted):
         return lock
-    archive = folder.with_name(f"{cfg.name}_archived_{time.strftime('%Y%m%d_%H%M%S')}")
+    archive = folder
+    while archive.exists():  # a second archive within one second has to wait
+        archive = folder.with_name(f"{cfg.name}_archived_{time.strftime('%Y%m%d_%H%M%S')}")
+        time.sleep(0.1)
     folder.rename(archive)
     reason = "has no training states, so it was" if stateless else "was"
     print(f"{folder} {reason} moved to {archive}")
@@ -1366,31 +1386,31 @@ class StopRequests:
     `exit_code`: 0 to go on, else what the run returns when it has saved.
     """
 
-    def __init__(self, max_hours: float | None) -> None:
+    def __init__(self, max_hours: float | None, begin: float) -> None:
         self.exit_code = 0
         self.save = False
         self.end = math.inf
         if max_hours is not None:
-            self.end = time.perf_counter() + 3600 * max_hours
+            self.end = begin + 3600 * max_hours  # of time.perf_counter()
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequests":
         if threading.current_thread() is not threading.main_thread():
-            return self  # only the main thread can hear signals
+            return self  # only the main thread receives signals
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
             number = getattr(signal, name, None)
             if number is None:
                 continue
             if name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN:
                 continue  # nohup
-            self.before[number] = signal.signal(number, self.hear)
+            self.before[number] = signal.signal(number, self.receive)
         return self
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def hear(self, number: int, frame: Any) -> None:
+    def receive(self, number: int, frame: Any) -> None:
         if number == getattr(signal, "SIGUSR1", None):
             self.save = True
             return
@@ -1406,28 +1426,28 @@ class StopRequests:
         tqdm.write(f"error: {error}; repair or remove it, then run the same command to continue")
 
     def agree(self, world: int) -> tuple[bool, bool, int]:
-        """(save, stop, exit code), the same on all ranks."""
+        """(save, time is up, exit code), the same on all ranks."""
         late = time.perf_counter() > self.end
         save, self.save = self.save, False
-        wishes = torch.tensor([save, late, self.exit_code])
-        if world > 1:
-            dist.all_reduce(wishes, dist.ReduceOp.MAX)
-        save, stop, code = wishes.tolist()
-        return bool(save), bool(stop), code
+        requests = torch.tensor([save, late, self.exit_code])
+        if world > 1:  # three numbers between CPUs, while the GPU works on the last step
+            dist.all_reduce(requests, dist.ReduceOp.MAX)
+        save, late, code = requests.tolist()
+        return bool(save), bool(late), code
 
 
 class Clock:
     """Time and images of the steps since the last log line, without validations and saves."""
 
     def __init__(self, it: int) -> None:
+        self.intervals = 0
         self.restart(it)
-        self.warm = False  # the first steps compile, and wait for workers to start
 
     def restart(self, it: int) -> None:
         self.begin = time.perf_counter()
         self.it = it
         self.images = 0
-        self.warm = True
+        self.intervals += 1  # the first one compiles, and waits for workers to start
 
     def read(self, it: int) -> tuple[float, int]:
         """(seconds, steps)."""

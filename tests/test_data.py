@@ -311,6 +311,27 @@ def test_exif_orientation(tmp_path, turn, suffix):
     assert read_header(path).shape == want.shape
 
 
+def test_a_header_that_does_not_fit_the_pixels_is_named(tmp_path):
+    path = save(tmp_path / "gt/x.png", photo(64, 96))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    late = chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))  # after the pixels
+    path.write_bytes(path.read_bytes()[:-12] + late + chunk(b"IEND", b""))
+    assert read_image(path).shape == (96, 64, 3)
+    with pytest.raises(ValueError, match=r"x\.png has another size than its header says"):
+        ValidationImages(path.parent)
+    with pytest.raises(ValueError, match=r"x\.png .* has a wrong header"):
+        PairedImageDataset(path.parent, gt_size=32)[0]
+    with pytest.raises(ValueError, match=r"x\.png has another size than its header says"):
+        data.pack(path.parent, tmp_path / "x.npy")
+
+
+def test_an_image_smaller_than_the_scale_is_named(tmp_path):
+    save(tmp_path / "gt/x.png", photo(3, 40))
+    with pytest.raises(ValueError, match=r"x\.png: smaller than scale=4"):
+        PairedImageDataset(tmp_path / "gt", degradation="bicubic", scale=4, gt_size=32)
+
+
 # ---- degradations ----
 def test_imresize_by_hand():
     """x1/2 has the weights of the cubic at distances 1/4, 3/4, 5/4, 7/4, mirrored at the border."""
@@ -451,9 +472,9 @@ def test_options_of_a_degradation_are_read_off_its_signature(folder, monkeypatch
         return np.full_like(gt, int(data.draw(rng, peak)))
 
     monkeypatch.setitem(data.DEGRADATIONS, "level", data.Degradation(level))
-    assert data.degradation_options("level") == {"peak": (10.0, 20.0)}
-    assert data.degradation_options("noise", types.SimpleNamespace(sigma=5)) == {"sigma": 5}
-    assert data.degradation_options("bicubic") == data.degradation_options("none") == {}
+    assert data.options_of_degradation("level") == {"peak": (10.0, 20.0)}
+    assert data.options_of_degradation("noise", types.SimpleNamespace(sigma=5)) == {"sigma": 5}
+    assert data.options_of_degradation("bicubic") == data.options_of_degradation("none") == {}
     found = {
         int(PairedImageDataset(folder, degradation="level", gt_size=8)[n][0][0, 0, 0])
         for n in range(99)
@@ -702,6 +723,8 @@ def test_packing_never_overwrites_a_file(folder):
     before = (folder / "1.png").read_bytes()
     assert run_cli("pack", folder, folder / "1.png")[0] == 0
     assert (folder / "1.png").read_bytes() == before and (folder / "1.npy").exists()
+    assert run_cli("pack", folder, folder / "DIV2K_v1.2")[0] == 0
+    assert (folder / "DIV2K_v1.2.npy").exists()
     np.save(folder / "mine.npy", np.arange(3))
     code, text = run_cli("pack", folder, folder / "mine.npy")
     assert code == 1 and "mine.npy is there already: delete it, or give another name" in text, text
@@ -918,7 +941,7 @@ def test_check_names_every_bad_file_and_no_good_one(tmp_path):
     assert code == 1
     assert [name for name in [*bad, "img_dangling"] if name not in text] == []
     assert [name for name in [*good, ".hidden"] if name in text] == []
-    command = r'python data\.py check "\S+gt" "\S+lq" --scale=2 --filename_tmpl={}x2 tells all'
+    command = r'python data\.py check "\S+gt" "\S+lq" --scale=2 --filename_tmpl={}x2 names all'
     with pytest.raises(ValueError, match=command):
         PairedImageDataset(
             tmp_path / "gt", tmp_path / "lq", scale=2, gt_size=16, filename_tmpl="{}x2"

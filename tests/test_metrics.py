@@ -495,6 +495,13 @@ def test_cli_wrong_arguments(tmp_path: Path, call) -> None:
         assert code != 0 and words in err and not out, arguments
 
 
+def test_a_template_without_the_name_is_refused(call, tmp_path) -> None:
+    for name in ("gt/a.png", "gt/b.png", "out/ax4.png"):
+        save(tmp_path / name, noise(24, 24, 3))
+    code, _, text = call(tmp_path / "out", tmp_path / "gt", "--filename_tmpl=ax4")
+    assert code == 1 and "filename_tmpl='ax4' must hold {}" in text
+
+
 def test_names_that_differ_in_their_suffix_only_are_paired_as_model_writes_them(call, tmp_path):
     for folder, names in (
         ("gt", ("A.bmp", "a.png", "b.bmp")),
@@ -534,9 +541,18 @@ def test_the_log_takes_back_what_a_restart_makes_again(tmp_path: Path) -> None:
     events = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(e["iter"], e["loss"]) for e in events] == [(1, 1.0), (2, 2.0), (3, 3.5)]
     assert (tmp_path / "log.txt").read_text().count("\n") == 4
+    text = (tmp_path / "log.jsonl").read_text()
+    (tmp_path / "log.jsonl").write_text(text[:-1])  # a crash that has cut the end of a line only
     metrics.Log(tmp_path, start=2**62).event("val", "line", 0)
     metrics.Log(tmp_path, quiet=True).event("val", "line", 9)  # as on other ranks
     assert (tmp_path / "log.jsonl").read_text().count("\n") == 4  # an evaluation takes nothing back
+
+
+def test_the_name_of_a_run_stays_until_its_folder_goes(tmp_path: Path) -> None:
+    name = metrics.Log(tmp_path).run_id()
+    assert metrics.Log(tmp_path, start=2).run_id() == name
+    (tmp_path / "wandb_id").unlink()
+    assert metrics.Log(tmp_path).run_id() != name
 
 
 def test_tensorboard_holds_the_log_over_a_restart(tmp_path: Path) -> None:

@@ -695,7 +695,8 @@ def test_masked_tokens_get_no_weight_and_files_the_published_mask():
     mask = net.state_dict()["layers.0.residual_group.blocks.1.attn_mask"]  # (9, 64, 64)
     assert 0 < (mask < 0).float().mean() < 1 and set(mask.unique().tolist()) == {0.0, -100.0}
     # Attention with unit vectors as values returns the weights.
-    regions = model.window_regions(24, 24, 8, 4)
+    regions = model.window_regions(24, 24, 4)
+    regions = model.window_partition(regions[None, :, :, None], 8)[0, :, :, 0]
     q, k = torch.randn(2, 1, 9, 1, 64, 6)
     weights = model.window_attention(
         q, k, torch.eye(64).expand(1, 9, 1, 64, 64), torch.zeros(1, 64, 64), regions

@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+import data
 import train as trainer
 from metrics import psnr
 from model import load
@@ -564,6 +565,11 @@ def test_steps_without_a_finite_loss_are_skipped(tmp_path):
     assert "no finite loss" in text
     assert "Traceback" not in text
 
+    # Fewer steps than stop a run: it must not end as if all were well.
+    code, text = train(tmp_path, "--lr=1e18", "--total_iters=20", "--name=short")
+    assert code == 1 and "finished, but not saved: restart with a lower --lr" in text
+    assert "Traceback" not in text
+
 
 # ---- mistakes: one sentence that names the file, exit code not 0, no traceback ----
 
@@ -588,7 +594,7 @@ def test_mistakes_with_data_are_named(tmp_path):
     assert "1.png" in text
     assert "20x20" in text
     text = wrong(tmp_path, "--val_gt=gt", "--val_lq=lq")
-    assert 'python data.py check "gt" "lq" --scale=1 --filename_tmpl={} tells all' in text
+    assert 'python data.py check "gt" "lq" --scale=1 --filename_tmpl={} names all' in text
     (gt / "1.png").write_bytes((gt / "1.png").read_bytes()[:-200])
     assert "1.png" in wrong(tmp_path, "--dataroot_gt=gt")
     assert "nothing.pth" in wrong(tmp_path, "--pretrain_network=nothing.pth")
@@ -651,6 +657,36 @@ def test_validation_folders_of_the_same_name_are_told_apart(tmp_path):
     code, text = train(tmp_path, "--val_gt=a/HR,b/HR,Set5", "--dataroot_gt=a/HR", "--val_freq=6")
     assert code == 0 and "validation: HR (1), HR_2 (2), Set5 (1)" in text, text
     assert [e["dataset"] for e in events(tmp_path, "val")] == ["HR", "HR_2", "Set5"]
+
+
+def test_captions_are_the_psnr_whatever_is_measured_first(tmp_path, monkeypatch):
+    captions = []
+    monkeypatch.setattr(trainer, "strip", lambda *a: captions.append(a[3:]))
+    images = data.ValidationImages(None, n=1)
+    cfg = Config(measures=("ssim", "psnr"), save_img=True)
+    means, _ = trainer.evaluate(Same(), images, cfg)
+    assert captions == [(means["input_psnr"], means["psnr"])] and means["psnr"] > 20
+
+
+class Same(torch.nn.Module):
+    """What `restore` needs of a network, which returns its input."""
+
+    in_chans, factor, multiple, floats_per_pixel = 3, 1, 8, 100
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return x * self.weight
+
+
+def test_sets_are_compared_with_themselves_only(tmp_path):
+    """Two folders HR are two sets, though both are called so in the log."""
+    photos(tmp_path / "a/HR", 1)
+    photos(tmp_path / "b/HR", 1, seed=1)
+    keys = [trainer.best_key(data.ValidationImages(tmp_path / k / "HR"), Config()) for k in "ab"]
+    assert keys[0] != keys[1]
 
 
 def test_fp16_and_bf16_and_no_average_run(tmp_path):
