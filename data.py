@@ -9,6 +9,8 @@ An image is an array (H, W, C), RGB or gray, uint8 or uint16. GT is the ground t
 low-quality partner, `scale` times smaller. Sample n is a pure function of (seed, n).
 """
 
+import codecs
+import contextlib
 import inspect
 import io
 import json
@@ -18,6 +20,8 @@ import shutil
 import signal
 import sys
 import time
+import warnings
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,8 +30,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import PIL
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
@@ -43,16 +48,60 @@ class UnreadableImage(UserError):
 
 # Image files
 
+ORIENTATION = 0x0112  # EXIF's tag
+OLD_PILLOW = ""
+if int(PIL.__version__.split(".")[0]) < 11:
+    OLD_PILLOW = f"Pillow {PIL.__version__} is too old: pip install --upgrade pillow (11 or later)"
+# What the user's own files hold is not limited here: memory decides.
+Image.MAX_IMAGE_PIXELS = None
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**31 - 1
+
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")  # Pillow's names
-GRAY_MODES = ("1", "L", "LA")
-COLOUR_MODES = ("P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB")
+# Suffixes of pictures that are not read. Files of other kinds are only counted.
+CONVERTIBLE = (
+    *(".avif", ".gif", ".heic", ".heif", ".j2k", ".jp2", ".jpe", ".jfif", ".jxl", ".tga"),
+    *(".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".raw", ".rw2"),
+    *(".exr", ".hdr", ".pbm", ".pgm", ".pnm", ".ppm", ".psd", ".svg"),
+)
+
+# The layouts that are read, exactly. All others are refused by name.
+# (bits per value, Pillow's mode): how it is decoded
+LAYOUTS = {
+    (8, "1"): "gray",
+    (8, "L"): "gray",
+    (8, "LA"): "gray",
+    (8, "P"): "colour",
+    (8, "PA"): "colour",
+    (8, "RGB"): "colour",
+    (8, "RGBA"): "colour",
+    (8, "CMYK"): "colour",  # by Pillow's formula, without its profile
+    (16, "I"): "16-bit gray",
+    (16, "I;16"): "16-bit gray",
+    (16, "I;16B"): "16-bit gray",
+    (16, "RGB"): "16-bit colour",
+    (16, "RGBA"): "16-bit colour",
+}
+INEXACT_RAW_MODES = ("LA;16B", "BGR;15", "BGR;16")  # 16-bit gray with alpha; 5 bits in BMP
+# A TIFF file says more than that. (tag, its default, what is understood, what else it may be)
+TIFF_TAGS = (
+    (262, None, (0, 1, 2, 3, 5, 6), "colours other than gray, RGB, a palette or CMYK"),
+    (338, (), ((), (2,)), "premultiplied alpha, or channels of unknown meaning"),
+    (339, (1,), ((1,), (1,) * 2, (1,) * 3, (1,) * 4), "signed or floating-point values"),
+)
+TIFF_TAGS_16_BIT = (
+    (262, None, (1, 2), "16-bit values with white as 0"),
+    (284, 1, (1,), "16-bit values in separate planes"),
+)
+# PhotometricInterpretation: channels without alpha
+TIFF_CHANNELS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3}
 
 
 class Header(NamedTuple):
     shape: tuple[int, int, int]  # (H, W, C) as read, without alpha
-    bytes: int  # per value: 1 or 2
+    depth: int  # bytes per value: 1 or 2
     alpha: bool
+    frames: int  # or pages, of which the first is read
 
 
 def read_image(path: str | Path, in_chans: int | None = None, alpha: bool = False) -> np.ndarray:
@@ -64,17 +113,14 @@ def read_image(path: str | Path, in_chans: int | None = None, alpha: bool = Fals
 
     Raises UnreadableImage, with the path. 16-bit colour needs opencv-python-headless.
     """
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            layout = layout_of(image)
-            if layout == "8 bits":
-                pixels = decode_8_bit(image, alpha)
-            elif layout == "16 bits, gray":
-                pixels = np.asarray(ImageOps.exif_transpose(image)).astype(np.uint16)
-            else:
-                pixels = decode_16_bit_colour(image, path)
-    except Exception as error:  # Pillow raises some ten kinds for a damaged file
-        raise UnreadableImage(f"{path} can't be read ({describe_error(error)})") from None
+    with opened(path) as image:
+        layout = layout_of(image)
+        if layout == "16-bit gray":
+            pixels = np.asarray(ImageOps.exif_transpose(image)).astype(np.uint16)
+        elif layout == "16-bit colour":
+            pixels = decode_16_bit_colour(image, path)
+        else:
+            pixels = decode_8_bit(image, layout, alpha)
     pixels = np.atleast_3d(pixels)
     if not alpha and pixels.shape[2] in (2, 4):
         pixels = pixels[..., :-1]
@@ -83,48 +129,94 @@ def read_image(path: str | Path, in_chans: int | None = None, alpha: bool = Fals
 
 def read_header(path: str | Path) -> Header:
     """What `read_image` would return, without decoding. Raises UnreadableImage."""
+    with opened(path) as image:
+        layout = layout_of(image)
+        width, height = image.size
+        # Pillow has turned the size of a TIFF already. Its getexif() would decode a PNG.
+        orientation = Image.Image.getexif(image).get(ORIENTATION)
+        if image.format != "TIFF" and orientation in (5, 6, 7, 8):
+            width, height = height, width
+        shape = (height, width, 1 if "gray" in layout else 3)
+        depth = 2 if "16-bit" in layout else 1
+        frames = getattr(image, "n_frames", 1)
+        return Header(shape, depth, image.has_transparency_data, frames)
+
+
+def read_metadata(path: str | Path) -> tuple[dict[str, bytes], str]:
+    """({"icc_profile", "exif"}, a sentence about what is dropped) of an image file.
+
+    For the pixels that `read_image` returns: upright, and gray or RGB. Raises UnreadableImage.
+    """
+    metadata, dropped = {}, ""
+    with opened(path) as image:
+        gray = "gray" in layout_of(image)
+        profile = image.info.get("icc_profile")
+        if profile:
+            space = profile[16:20]  # of an ICC profile's header
+            if space == (b"GRAY" if gray else b"RGB "):
+                metadata["icc_profile"] = profile
+            else:
+                dropped = f"{path}: its colour profile is dropped: it is not for gray or RGB pixels"
+        exif = image.getexif()
+        exif.pop(ORIENTATION, None)
+        details = exif.get_ifd(ExifTags.IFD.Exif)
+        details.pop(ExifTags.Base.ExifImageWidth, None)
+        details.pop(ExifTags.Base.ExifImageHeight, None)
+        exif.get_ifd(ExifTags.IFD.IFD1).clear()  # a thumbnail
+        if len(exif):
+            metadata["exif"] = exif.tobytes()
+    return metadata, dropped
+
+
+@contextlib.contextmanager
+def opened(path: str | Path) -> Iterator[Image.Image]:
+    """An image file. What goes wrong with it becomes an UnreadableImage, with the path."""
+    if OLD_PILLOW:
+        raise UserError(OLD_PILLOW)
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            layout = layout_of(image)
-            width, height = image.size
-            # Pillow has turned the size of a TIFF already. Its getexif() would decode a PNG.
-            orientation = Image.Image.getexif(image).get(0x0112)
-            if image.format != "TIFF" and orientation in (5, 6, 7, 8):
-                width, height = height, width
-            gray = layout == "16 bits, gray" or image.mode in GRAY_MODES
-            shape = (height, width, 1 if gray else 3)
-            return Header(shape, 1 if layout == "8 bits" else 2, image.has_transparency_data)
-    except Exception as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, about tags that aren't used
+            with Image.open(path, formats=FORMATS) as image:
+                yield image
+    except MemoryError:
+        raise UnreadableImage(f"{path} can't be read: it is too large for the memory") from None
+    except Exception as error:  # Pillow raises some ten kinds for a damaged file
         raise UnreadableImage(f"{path} can't be read ({describe_error(error)})") from None
 
 
 def layout_of(image: Image.Image) -> str:
-    """How an open image is to be decoded. Raises UserError for what would not be exact."""
+    """A value of LAYOUTS for an open image. Raises UserError for what would not be exact."""
     raw = image.tile[0].args if image.tile else ""
     raw = raw if isinstance(raw, str) else raw[0]  # such as RGB;16B
     bits = 8
-    if image.mode.startswith("I") or ";16" in raw:
+    if image.mode.startswith("I") or raw.endswith((";16", ";16B", ";16L", ";16N")):
         bits = 16
     if image.format == "TIFF":
-        bits = max(image.tag_v2.get(258, (1,)))  # BitsPerSample
-
-    if bits == 16 and image.format == "TIFF":
-        signed = max(image.tag_v2.get(339, (1,))) != 1  # SampleFormat
-        inverted = image.tag_v2.get(262) == 0  # PhotometricInterpretation: white is 0
-        if signed or inverted:
-            raise UserError("signed or inverted samples: save it with unsigned ones, black as 0")
-    if bits <= 8 and image.mode in GRAY_MODES + COLOUR_MODES:
-        return "8 bits"
-    if bits == 16 and image.mode.startswith("I"):
-        return "16 bits, gray"
-    if bits == 16 and image.mode in ("RGB", "RGBA") and raw.startswith("RGB"):
-        return "16 bits, colour"
-    advice = "save it with 8 or 16 bits per channel, interleaved, gray without alpha, or RGB"
-    raise UserError(f"mode {image.mode}, {raw}: {advice}")
+        bits = check_tiff(image)
+    if (bits, image.mode) in LAYOUTS and raw not in INEXACT_RAW_MODES:
+        return LAYOUTS[bits, image.mode]
+    advice = "save it with 8 or 16 bits per channel, as gray without alpha or as RGB"
+    raise UserError(f"{bits} bits, mode {image.mode} {raw}: {advice}")
 
 
-def decode_8_bit(image: Image.Image, alpha: bool) -> np.ndarray:
-    mode = "L" if image.mode in GRAY_MODES else "RGB"
+def check_tiff(image: Image.Image) -> int:
+    """Bits per value: 8 also stands for less. Raises UserError for what isn't known."""
+    tags = image.tag_v2
+    bits = max(tags.get(258, (1,)))
+    table = TIFF_TAGS + TIFF_TAGS_16_BIT if bits == 16 else TIFF_TAGS
+    for tag, default, understood, else_ in table:
+        if tags.get(tag, default) not in understood:
+            raise UserError(f"{else_}: save it as a plain PNG or TIFF")
+    if tags[262] == 6 and tags.get(259) != 7:
+        raise UserError("YCbCr without JPEG compression: save it as a plain PNG or TIFF")
+    channels = TIFF_CHANNELS[tags[262]] + len(tags.get(338, ()))
+    if tags.get(277, 1) != channels:
+        raise UserError(f"{tags.get(277, 1)} channels where {channels} are due: save it as PNG")
+    return 8 if bits < 8 else bits
+
+
+def decode_8_bit(image: Image.Image, layout: str, alpha: bool) -> np.ndarray:
+    mode = "L" if layout == "gray" else "RGB"
     transparent = image.has_transparency_data
     image = ImageOps.exif_transpose(image)
     if transparent and (alpha or image.mode in ("P", "PA")):  # palettes convert through RGBA
@@ -134,14 +226,10 @@ def decode_8_bit(image: Image.Image, alpha: bool) -> np.ndarray:
 
 def decode_16_bit_colour(image: Image.Image, path: str | Path) -> np.ndarray:
     """By OpenCV, as Pillow keeps the high bytes only: with these the result is compared."""
-    try:
-        import cv2
-    except ImportError:
-        advice = "pip install opencv-python-headless, or save it with 8 bits"
-        raise UserError(f"16-bit colour needs OpenCV: {advice}") from None
+    cv2 = import_opencv()
     orientation = 1
     if image.format != "TIFF":  # both libraries turn TIFF files themselves
-        orientation = image.getexif().get(0x0112, 1)
+        orientation = image.getexif().get(ORIENTATION, 1)
     high = np.asarray(ImageOps.exif_transpose(image))
     pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is not None and pixels.ndim == 3:
@@ -150,6 +238,17 @@ def decode_16_bit_colour(image: Image.Image, path: str | Path) -> np.ndarray:
     if pixels is None or pixels.shape != high.shape or not np.array_equal(pixels >> 8, high):
         raise UserError("OpenCV and Pillow disagree on its pixels: save it as a plain PNG")
     return pixels
+
+
+def import_opencv() -> Any:
+    # OpenCV reads no more than a gigapixel unless it is told so before the import.
+    os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**40))
+    try:
+        import cv2
+    except ImportError:
+        advice = "pip install opencv-python-headless, or save it with 8 bits"
+        raise UserError(f"16-bit colour needs OpenCV: {advice}") from None
+    return cv2
 
 
 def turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
@@ -167,7 +266,9 @@ def describe_error(error: Exception) -> str:
     return str(error) if isinstance(error, UserError) else repr(error)
 
 
-def write_image(path: str | Path, pixels: np.ndarray) -> None:
+def write_image(
+    path: str | Path, pixels: np.ndarray, icc_profile: bytes = b"", exif: bytes = b""
+) -> None:
     """Writes (H, W, C) uint8 or uint16 as PNG: C is 1 gray, 2 gray alpha, 3 RGB, 4 RGB alpha.
 
     The file is there once it is whole. 16-bit colour needs opencv-python-headless; 16-bit gray
@@ -181,22 +282,51 @@ def write_image(path: str | Path, pixels: np.ndarray) -> None:
         image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
         image.save(buffer, "PNG", compress_level=4)
         content = buffer.getvalue()
-    partial_path = Path(path).with_name(f".{Path(path).name}.partial")
-    partial_path.write_bytes(content)
-    partial_path.replace(path)
+    write_whole(Path(path), with_metadata(content, icc_profile, exif))
 
 
 def encode_16_bit_colour(pixels: np.ndarray) -> bytes:
     if pixels.shape[2] == 2:
         raise UserError("16-bit gray with alpha can't be written: save the image without alpha")
-    try:
-        import cv2
-    except ImportError:
-        advice = "pip install opencv-python-headless, or save the input with 8 bits"
-        raise UserError(f"16-bit colour needs OpenCV: {advice}") from None
+    cv2 = import_opencv()
     order = [2, 1, 0, 3][: pixels.shape[2]]  # RGB(A) to BGR(A)
     _, content = cv2.imencode(".png", np.ascontiguousarray(pixels[..., order]))
     return content.tobytes()
+
+
+def with_metadata(png: bytes, icc_profile: bytes, exif: bytes) -> bytes:
+    """A PNG file with these chunks before its pixels."""
+    chunks = b""
+    if icc_profile:
+        chunks += png_chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(icc_profile))
+    if exif:
+        chunks += png_chunk(b"eXIf", exif.removeprefix(b"Exif\0\0"))
+    start = 33  # after the signature and IHDR
+    return png[:start] + chunks + png[start:]
+
+
+def png_chunk(name: bytes, content: bytes) -> bytes:
+    length = len(content).to_bytes(4, "big")
+    return length + name + content + zlib.crc32(name + content).to_bytes(4, "big")
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Under a temporary name first: the file is there once it is whole."""
+    # Short, because the name itself may have the greatest length that is allowed.
+    partial_path = path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.partial")
+    partial_path.write_bytes(content)
+    partial_path.replace(path)
+
+
+def fit_name(name: str) -> str:
+    """A file name of at most 255 bytes: a longer one is cut before its suffix, and gets a number
+    that tells it from others."""
+    content = os.fsencode(name)
+    if len(content) <= 255:
+        return name
+    suffix = os.fsencode(Path(name).suffix)
+    end = f"~{zlib.crc32(content):08x}".encode() + suffix
+    return content[: 255 - len(end)].decode("utf-8", "ignore") + end.decode()
 
 
 def to_channels(image: np.ndarray, in_chans: int | None) -> np.ndarray:
@@ -216,9 +346,13 @@ def to_float(image: np.ndarray) -> np.ndarray:
     return np.divide(image, peak, dtype=np.float32)
 
 
-def list_images(root: str | Path) -> list[Path]:
-    """Image files below `root`, sorted, without hidden ones. Links are followed once."""
+def list_images(root: str | Path, others: Counter | None = None) -> list[Path]:
+    """Image files below `root`, sorted, without hidden ones. Links are followed once.
+
+    `others` counts the files that are left out, by their suffix.
+    """
     root = os.path.expanduser(root)
+    others = Counter() if others is None else others
     paths = []
     entered = {os.path.realpath(root)}
     for folder, subfolders, files in os.walk(root, followlinks=True):
@@ -230,14 +364,28 @@ def list_images(root: str | Path) -> list[Path]:
         entered.update(first_seen)
         subfolders[:] = sorted(first_seen.values())
         for name in files:
-            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES:
+            suffix = Path(name).suffix.lower()
+            if name.startswith("."):
+                continue
+            if suffix in IMAGE_SUFFIXES:
                 paths.append(Path(folder, name))
+            else:
+                others[suffix or "without suffix"] += 1
     if not paths:
         found = "is not there"
         if os.path.isdir(root):
-            found = f"holds no images ({', '.join(IMAGE_SUFFIXES)})"
+            found = f"holds no images ({', '.join(IMAGE_SUFFIXES)}){name_others(others)}"
         raise UserError(f"{str(root)!r} {found}")
     return sorted(paths)
+
+
+def name_others(others: Counter) -> str:
+    """Such as "; left out: 3 .heic (convert to JPEG or PNG), 1 .txt"; "" if there are none."""
+    parts = []
+    for suffix, count in others.most_common(8):
+        advice = " (convert to JPEG or PNG)" if suffix in CONVERTIBLE else ""
+        parts.append(f"{count} {suffix}{advice}")
+    return f"; left out: {', '.join(parts)}" if parts else ""
 
 
 def differ_in_suffix_only(paths: list[Path]) -> set[Path]:
@@ -426,7 +574,8 @@ def check_range(name: str, value: Any) -> None:
 
 
 # Where images come from. A source has source[i]; those of files have names, shapes (H, W, C),
-# depths (bytes per value), problems [(name, sentence)] and notices as well.
+# depths (bytes per value), problems [(name, sentence)] of files that can't be opened, damaged
+# (1 for each image that turned out to be), and notices as well.
 
 
 class ImageFolder:
@@ -447,7 +596,9 @@ class ImageFolder:
         self.depths: list[int] = []
         self.problems: list[tuple[str, str]] = []
         alphas = 0
-        paths = list_images(root)
+        several = []
+        others: Counter = Counter()
+        paths = list_images(root, others)
         look = look_whole if whole else look_at_header
         with ThreadPoolExecutor(16) as pool:  # opening files is mostly waiting
             found = tqdm(
@@ -460,17 +611,32 @@ class ImageFolder:
                     continue
                 self.names.append(name)
                 self.shapes.append(header.shape)
-                self.depths.append(header.bytes)
+                self.depths.append(header.depth)
                 alphas += header.alpha
-        self.notices = [f"{root}: alpha is dropped from {alphas} image(s)"] if alphas else []
+                if header.frames > 1:
+                    several.append(name)
+        # Found while training, by any worker: they share this memory.
+        self.damaged = torch.zeros(len(self.names), dtype=torch.uint8).share_memory_()
+        self.notices = []
+        if others:
+            self.notices.append(f"{root}{name_others(others)}")
+        if alphas:
+            self.notices.append(f"{root}: alpha is dropped from {alphas} image(s)")
+        if several:
+            some = f"{len(several)} image(s), as {', '.join(several[:3])}"
+            self.notices.append(f"{root}: only the first page or frame is read of {some}")
 
     def __getitem__(self, i: int) -> np.ndarray:
         if i in self.cache:
             return self.cache[i]
         path = self.root / self.names[i]
-        image = read_image(path)
-        if image.shape != self.shapes[i]:
-            raise UnreadableImage(f"{path} has changed since it was opened, or has a wrong header")
+        try:
+            image = read_image(path)
+            if image.shape != self.shapes[i]:
+                raise UnreadableImage(f"{path} has changed meanwhile, or has a wrong header")
+        except UnreadableImage:
+            self.damaged[i] = 1
+            raise
         worker = get_worker_info()
         share = self.cache_gb * 1e9 / (worker.num_workers if worker else 1)
         if self.cached_bytes + image.nbytes <= share:
@@ -509,6 +675,7 @@ class PackedImages:
     def __init__(self, root: str | Path) -> None:
         self.root = root
         self.problems: list[tuple[str, str]] = []
+        self.damaged = torch.zeros(0, dtype=torch.uint8)
         self.notices: list[str] = []
         try:
             # A plain array, because slices of np.memmap are slower.
@@ -716,7 +883,8 @@ class Pair(NamedTuple):
 class Pairs(NamedTuple):
     groups: list[list[Pair]]  # a list for each root of dataroot_gt
     sources: list[Any]
-    problems: list[str]
+    damaged: list[str]  # a sentence for each file that can't be read, which is in no pair
+    problems: list[str]  # all others
     notices: list[str]
 
 
@@ -747,7 +915,8 @@ def open_pairs(
     gts = [open_source(root, share, whole) for root in gt_roots]
     lqs = [open_source(root, share, whole) for root in lq_roots]
 
-    problems = unusable_files(gts, lqs, listed, meta_info_file)
+    damaged = damaged_files(gts, lqs, listed)
+    problems = missing_files(gts, listed, meta_info_file)
     groups = []
     for k, gt in enumerate(gts):
         if lqs:
@@ -763,31 +932,47 @@ def open_pairs(
                 group.append(Pair(gt, i, None, i, height // scale, width // scale))
         groups.append(group)
     notices = [notice for source in gts + lqs for notice in source.notices]
-    return Pairs(groups, gts + lqs, problems, notices)
+    return Pairs(groups, gts + lqs, damaged, problems, notices)
 
 
-def unusable_files(
-    gts: list[Any], lqs: list[Any], listed: set[str] | None, meta_info_file: str | Path | None
-) -> list[str]:
-    """A sentence for each file that can't be read, and for each one that is listed but missing."""
-    problems = []
+def damaged_files(gts: list[Any], lqs: list[Any], listed: set[str] | None) -> list[str]:
+    """Without those GT files that aren't listed. (The list doesn't name LQ files.)"""
+    sentences = []
     for source in gts + lqs:
         for name, sentence in source.problems:
             if listed is None or name in listed or source in lqs:
-                problems.append(sentence)
-    if listed is not None:
-        found = {name for gt in gts for name in [*gt.names, *(bad for bad, _ in gt.problems)]}
-        for name in sorted(listed - found):
-            problems.append(f"{meta_info_file}: {name} is missing")
-    return problems
+                sentences.append(sentence)
+    return sentences
+
+
+def missing_files(
+    gts: list[Any], listed: set[str] | None, meta_info_file: str | Path | None
+) -> list[str]:
+    if listed is None:
+        return []
+    found = {name for gt in gts for name in [*gt.names, *(bad for bad, _ in gt.problems)]}
+    return [f"{meta_info_file}: {name} is missing" for name in sorted(listed - found)]
 
 
 def split_roots(roots: Any) -> list[str]:
     if not roots:
         return []
     if isinstance(roots, str | Path):
-        roots = str(roots).split(",")
+        roots = split_at_commas(str(roots))
     return [os.path.expanduser(str(root).strip()) for root in roots]
+
+
+def split_at_commas(text: str) -> list[str]:
+    """Its parts. Those that together are the name of a file or folder stay together."""
+    words = text.split(",")
+    parts = []
+    while words:
+        count = len(words)
+        while count > 1 and not os.path.exists(os.path.expanduser(",".join(words[:count]).strip())):
+            count -= 1
+        parts.append(",".join(words[:count]).strip())
+        words = words[count:]
+    return parts
 
 
 def open_source(root: str, cache_gb: float, whole: bool) -> Any:
@@ -797,7 +982,7 @@ def open_source(root: str, cache_gb: float, whole: bool) -> Any:
 def read_list(path: str | Path) -> set[str]:
     """Names in BasicSR's meta_info_file: "name.png (h,w,c)" or "name.png" on each line."""
     names = set()
-    for line in Path(path).read_text("utf-8").splitlines():
+    for line in read_text(path).splitlines():
         line = line.strip()
         if line.endswith(")"):
             line = line.rsplit(" (", 1)[0].strip()
@@ -808,29 +993,47 @@ def read_list(path: str | Path) -> set[str]:
     return names
 
 
+def read_text(path: str | Path) -> str:
+    """A text file in UTF-8 or, with its mark, in UTF-16, as Windows editors save it."""
+    content = Path(path).read_bytes()
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return content.decode("utf-16" if utf16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not in UTF-8 ({error.reason}): save it so") from None
+
+
 def match(
     gt: Any, lq: Any, scale: int, filename_tmpl: str, listed: set[str] | None, problems: list[str]
 ) -> list[Pair]:
     """Pairs of one root. Appends a sentence to `problems` for what has no partner or another size.
 
     The partner of a.jpg is a.jpg, or else a file that is called a, or else a with any suffix. Each
-    LQ image is used once.
+    LQ image is used once. A damaged file and its partner are in no pair, and no problem here.
     """
-    by_name = {name: j for j, name in enumerate(lq.names)}
-    by_stem = {os.path.splitext(name)[0]: j for j, name in enumerate(lq.names)}
-    free = set(range(len(lq.names)))
+    names = [*lq.names, *(name for name, _ in lq.problems)]  # those after len(lq.names): damaged
+    by_name = {name: j for j, name in enumerate(names)}
+    by_stem = {os.path.splitext(name)[0]: j for j, name in enumerate(names)}
+    free = set(range(len(names)))
+    folders = set()  # of LQ images, that hold partners
     group = []
-    for i, (name, (height, width, _)) in enumerate(zip(gt.names, gt.shapes, strict=True)):
+    for i, name in enumerate([*gt.names, *(name for name, _ in gt.problems)]):
         if listed is not None and name not in listed:
             continue
         path = Path(name)
-        partner = path.with_name(filename_tmpl.replace("{}", path.stem)).as_posix()
+        partner = path.parent / filename_tmpl.replace("{}", path.stem)
+        folders.add(partner.parent)
+        partner = partner.as_posix()
         j = by_name.get(partner + path.suffix, by_name.get(partner, by_stem.get(partner)))
         if j not in free:
-            place = f"no partner {partner}.* left in {lq.root}: {filename_tmpl=}"
-            problems.append(f"{gt.root}/{name}: {place}")
+            if i < len(gt.names):
+                place = f"no partner {partner}.* left in {lq.root}: {filename_tmpl=}"
+                problems.append(f"{gt.root}/{name}: {place}")
             continue
         free.remove(j)
+        if i >= len(gt.names) or j >= len(lq.names):
+            continue
+        height, width, _ = gt.shapes[i]
         lq_height, lq_width = lq.shapes[j][:2]
         off = max(abs(lq_height * scale - height), abs(lq_width * scale - width))
         if off >= scale:
@@ -841,7 +1044,10 @@ def match(
         group.append(Pair(gt, i, lq, j, height, width))
     if listed is None:
         for j in sorted(free):
-            problems.append(f"{lq.root}/{lq.names[j]} is no image's partner in {gt.root}")
+            # With filename_tmpl=X2/{}x2, the images of X3 are none of this training's.
+            elsewhere = "/" in filename_tmpl and Path(names[j]).parent not in folders
+            if j < len(lq.names) and not elsewhere:
+                problems.append(f"{lq.root}/{names[j]} is no image's partner in {gt.root}")
     return group
 
 
@@ -876,7 +1082,8 @@ def name_small(groups: list[list[Pair]], scale: int, gt_size: int) -> list[str]:
 class PairedImageDataset(Dataset):
     """Training pairs: dataset[n] is (lq (C, h, w), gt (C, h * scale, w * scale)), for any n >= 0.
 
-    dataset[n, gt_size] has another patch size. If all files have 8 bits, gt is uint8 (the device
+    dataset[n, gt_size] has another patch size. A damaged image is replaced by the next sample, as
+    long as no more than 1 % of them are. If all files have 8 bits, gt is uint8 (the device
     divides by 255), and lq is, too, unless the degradation returns floats, as noise does. Else both
     are float32 in [0, 1].
 
@@ -892,7 +1099,8 @@ class PairedImageDataset(Dataset):
         use_hflip, use_rot: Horizontal flips; vertical flips and transpositions.
         degradation_options: `sigma` of 255 or (low, high), `quality` of JPEG or (low, high), ...
 
-    Raises UserError, with files and remedy, for what can't be paired or read.
+    Raises UserError, with files and remedy, for what can't be paired or read, and
+    UnreadableImage while training.
     """
 
     def __init__(
@@ -926,12 +1134,17 @@ class PairedImageDataset(Dataset):
 
         names = {"filename_tmpl": filename_tmpl, "meta_info_file": meta_info_file}
         pairs = open_pairs(dataroot_gt, dataroot_lq, scale, **names, cache_gb=cache_gb)
-        raise_problems(pairs.problems, [dataroot_gt, dataroot_lq], {"scale": scale} | names)
+        self.sources = pairs.sources
+        few = len(pairs.damaged) <= self.most_damaged(len(pairs.damaged))
+        problems = pairs.problems if few else pairs.damaged + pairs.problems
+        raise_problems(problems, [dataroot_gt, dataroot_lq], {"scale": scale} | names)
         if not all(pairs.groups):
             raise UserError(f"{meta_info_file} lists no image of one of the roots")
         self.groups = pairs.groups
         self.pairs = [pair for group in pairs.groups for pair in group]
         self.notices = pairs.notices + name_small(pairs.groups, scale, gt_size)
+        self.notices += [f"left out: {sentence}" for sentence in pairs.damaged]
+        self.damaged_at_start = len(pairs.damaged)
         self.eight_bit = all(depth == 1 for source in pairs.sources for depth in source.depths)
         self.dataset_weights = dataset_weights
         if dataset_weights and (
@@ -950,6 +1163,22 @@ class PairedImageDataset(Dataset):
 
     def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
         number, gt_size = index if isinstance(index, tuple) else (index, self.gt_size)
+        while True:
+            try:
+                return self.sample(number, gt_size)
+            except UnreadableImage:
+                if self.count_damaged() > self.most_damaged(self.damaged_at_start):
+                    raise
+            number += 1
+
+    def most_damaged(self, at_start: int) -> float:
+        """How many damaged images are replaced by the next sample: 1 % of all."""
+        return 0.01 * (at_start + sum(len(source.names) for source in self.sources))
+
+    def count_damaged(self) -> int:
+        return self.damaged_at_start + sum(int(source.damaged.sum()) for source in self.sources)
+
+    def sample(self, number: int, gt_size: int) -> tuple[Tensor, Tensor]:
         size = gt_size // self.scale
         rng = sample_rng(self.seed, number, reuse=self.rng)
         u = rng.random(7).tolist()
@@ -1083,7 +1312,7 @@ class ValidationImages(Dataset):
         else:
             pairs = open_pairs(val_gt, val_lq, scale, filename_tmpl, whole=True)
             options = {"scale": scale, "filename_tmpl": filename_tmpl}
-            raise_problems(pairs.problems, [val_gt, val_lq], options)
+            raise_problems(pairs.damaged + pairs.problems, [val_gt, val_lq], options)
             self.notices = pairs.notices
             self.pairs = [pair for group in pairs.groups for pair in group]
             self.names = [pair.gt.names[pair.gt_index] for pair in self.pairs]
@@ -1108,8 +1337,13 @@ class ValidationImages(Dataset):
         else:
             lq = pair.lq[pair.lq_index][: pair.height, : pair.width]
         lq = to_float(to_channels(lq, self.in_chans)).transpose(2, 0, 1)
-        name = self.names[i].removesuffix(".png")
+        name = printable(self.names[i].removesuffix(".png"))
         return {"name": name, "lq": torch.from_numpy(lq.copy()), "gt": gt}
+
+
+def printable(text: str) -> str:
+    """Bytes of a file's name that are no UTF-8 become \\udc80 and the like."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 # Loading
@@ -1229,6 +1463,12 @@ class Prefetcher:
             raise UnreadableImage(sentence) from error
         except (OSError, EOFError) as error:  # while a worker sent a batch
             raise RuntimeError(f"a DataLoader worker has died: {error!r}") from None
+        except RuntimeError as error:
+            if "shared memory" in str(error):
+                advice = "--num_workers=0, or in Docker --shm-size=8g"
+                sentence = "the workers' shared memory, /dev/shm, is too small"
+                raise UserError(f"{sentence}: {advice}") from error
+            raise
         self.wait += time.perf_counter() - begin
         if self.device.type == "mps":
             return self.to_device(batch)
@@ -1288,10 +1528,13 @@ def check(paths: list[str], options: list[str]) -> None:
     names = (cfg.filename_tmpl, cfg.meta_info_file)
     pairs = open_pairs(cfg.dataroot_gt, cfg.dataroot_lq, cfg.scale, *names, whole=True)
     print(f"{sum(map(len, pairs.groups))} image(s) or pair(s) found")
-    notices = pairs.notices + name_small(pairs.groups, cfg.scale, cfg.gt_size)
-    print(*notices, *pairs.problems, sep="\n", end="\n" if notices or pairs.problems else "")
-    if pairs.problems:
-        sys.exit(f"problems: {len(pairs.problems)}")
+    for notice in pairs.notices + name_small(pairs.groups, cfg.scale, cfg.gt_size):
+        print(notice)
+    problems = pairs.damaged + pairs.problems
+    for problem in problems:
+        print(problem)
+    if problems:
+        sys.exit(f"problems: {len(problems)}")
     print("no problems")
 
 
@@ -1330,7 +1573,15 @@ def dataset_options(cfg: Any) -> dict[str, Any]:
     return options | options_of_degradation(cfg.degradation, cfg)
 
 
+def print_anything() -> None:
+    """What the terminal's encoding lacks is printed as an escape, and stops no command."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 if __name__ == "__main__":
+    print_anything()
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as error:

@@ -203,7 +203,7 @@ def test_modes(tmp_path, mode):
     assert np.array_equal(read_image(path, 3), want)
     assert read_image(path, 1).shape == (9, 7, 1)
     header = read_header(path)
-    assert header == (read_image(path).shape, 1, mode in ("LA", "RGBA", "PA"))
+    assert header == (read_image(path).shape, 1, mode in ("LA", "RGBA", "PA"), 1)
 
 
 def test_gray_of_colour_is_pillows(tmp_path):
@@ -220,7 +220,7 @@ def test_16_bit_png(tmp_path, c):
     path = save_png16(tmp_path / "x.png", img)
     assert read_image(path).dtype == np.uint16
     assert np.array_equal(read_image(path), img[..., :3])
-    assert read_header(path) == ((9, 7, min(c, 3)), 2, c == 4)
+    assert read_header(path) == ((9, 7, min(c, 3)), 2, c == 4, 1)
 
 
 @pytest.mark.parametrize("c", [3, 4])
@@ -241,7 +241,7 @@ def test_formats_that_would_lose_precision_are_refused_by_name(tmp_path):
     for name in ("la.png", "float.tif", "int.tif"):
         with pytest.raises(
             ValueError,
-            match=f"{name}.*save it with 8 or 16 bits per channel, interleaved, gray without alpha",
+            match=f"{name}.*(save it with 8 or 16 bits per channel|save it as a plain PNG)",
         ):
             read_image(tmp_path / name)
 
@@ -581,7 +581,7 @@ def test_an_image_is_the_partner_of_one(tmp_path):
     for name in ("gt/a.jpg.png", "lq/a.jpg.png"):  # whose stem is the name of another
         save(tmp_path / name, photo(32, 32))
     for lq in (tmp_path / "lq", None):
-        (pairs,), _, problems, _ = data.open_pairs(tmp_path / "gt", lq)
+        (pairs,), _, _, problems, _ = data.open_pairs(tmp_path / "gt", lq)
         assert not problems
         assert [(pair.gt_index, pair.lq_index) for pair in pairs] == [(k, k) for k in range(4)]
 
@@ -1055,7 +1055,7 @@ def test_layouts_of_16_bit_gray_that_are_read_wrong_by_pillow_are_refused(tmp_pa
     tifffile.imwrite(tmp_path / "inverted.tif", img.astype(np.uint16), photometric="miniswhite")
     for name in ("signed", "inverted"):
         with pytest.raises(
-            data.UnreadableImage, match=f"{name}.tif can't be read .signed or inverted"
+            data.UnreadableImage, match=f"{name}.tif can't be read .*(signed or|white as 0)"
         ):
             read_image(tmp_path / f"{name}.tif")
     tifffile.imwrite(tmp_path / "fine.tif", img.astype(np.uint16), byteorder=">")
