@@ -26,6 +26,7 @@ import math
 import secrets
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -540,7 +541,9 @@ class Log:
             return
         with contextlib.suppress(OSError):  # the terminal may have been closed
             tqdm.write(text)
-        with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
+        with open(
+            self.folder / "log.txt", "a", encoding="utf-8", errors="backslashreplace"
+        ) as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def event(
@@ -651,7 +654,11 @@ def main() -> None:
     parser.add_argument(
         "--filename_tmpl", default="{}", help="name of the restored image; {} is the original's"
     )
+    parser.add_argument(
+        "--scale", type=int, default=4, help="sizes may differ by less (%(default)s): cropped"
+    )
     args = parser.parse_args()
+    data_module().print_anything()
     if "{}" not in args.filename_tmpl:
         sys.exit(f"filename_tmpl={args.filename_tmpl!r} must hold {{}}, the name of the original")
     if args.restored.is_dir() != args.originals.is_dir():
@@ -671,11 +678,13 @@ def main() -> None:
         if name not in originals:
             problems.append(f"{path}: no partner in {args.originals}")
     pairs = {name: (restored[name], originals[name]) for name in originals if name in restored}
-    problems += print_table(pairs, args.crop_border, args.y)
+    problems += print_table(pairs, args.crop_border, args.y, args.scale)
     sys.exit("\n".join(problems) or 0)
 
 
-def print_table(pairs: dict[str, tuple[Path, Path]], crop_border: int, y: bool) -> list[str]:
+def print_table(
+    pairs: dict[str, tuple[Path, Path]], crop_border: int, y: bool, scale: int
+) -> list[str]:
     """A line for each pair, and the mean. Returns what went wrong."""
     width = max(len(name) for name in [*pairs, "mean of 1000"])
     line = f"{{:{width}}}  PSNR {{:8.4f}} dB  SSIM {{:.6f}}  PSNR-B {{:8.4f}} dB"
@@ -683,6 +692,7 @@ def print_table(pairs: dict[str, tuple[Path, Path]], crop_border: int, y: bool) 
     for name, (restored, original) in pairs.items():
         try:
             a, b = read_alike(restored, original)
+            a, b = crop_alike(a, b, scale, name)
             row = [measure(a, b, crop_border, y) for measure in (psnr, ssim, psnrb)]
         except ValueError as error:
             problems.append(f"{name}: {error}")
@@ -707,13 +717,31 @@ def read_alike(restored: Path, original: Path) -> tuple[np.ndarray, np.ndarray]:
     return data.to_channels(a, channels), data.to_channels(b, channels)
 
 
+def crop_alike(
+    a: np.ndarray, b: np.ndarray, scale: int, name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where sizes differ by less than a scale, the common part, top left, as in train.py: the
+    sides of the original were no multiples of the scale."""
+    height, width = min(len(a), len(b)), min(a.shape[1], b.shape[1])
+    largest = np.maximum(a.shape[:2], b.shape[:2])
+    off = max(largest - (height, width))
+    if 0 < off < scale:
+        sizes = " and ".join(f"{image.shape[1]}x{len(image)}" for image in (a, b))
+        print(f"{name}: of {sizes} pixels, the upper left {width}x{height} are compared")
+        return a[:height, :width], b[:height, :width]
+    return a, b
+
+
 def images_by_name(folder: Path, template: str = "{}") -> dict[str, Path]:
     """Images below `folder` by their path there, the name put into `template`.
 
     Where names differ in their suffix alone, the suffix stays, as in model.py's outputs.
     """
     data = data_module()
-    paths = [path.relative_to(folder) for path in data.list_images(folder)]
+    others = Counter()
+    paths = [path.relative_to(folder) for path in data.list_images(folder, others)]
+    if others:
+        print(f"{folder}{data.name_others(others)}", file=sys.stderr)
     alike = data.differ_in_suffix_only(paths)
     found = {}
     for path in paths:

@@ -20,6 +20,7 @@ import inspect
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -31,7 +32,6 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from runpy import run_path
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -51,9 +51,15 @@ from data import (
     UserError,
     ValidationImages,
     dataset_options,
+    fit_name,
     imresize,
     options_of_degradation,
+    print_anything,
+    printable,
+    read_text,
     sample_batches,
+    split_at_commas,
+    split_roots,
     train_loader,
     validation_options,
 )
@@ -297,8 +303,8 @@ def build_loss(cfg: Config, device: torch.device) -> WeightedLoss:
 
 def open_validation_sets(cfg: Config) -> dict[str, ValidationImages]:
     """By the names of their folders, or "synthetic"."""
-    gt_roots = cfg.val_gt if isinstance(cfg.val_gt, tuple) else (cfg.val_gt,)
-    lq_roots = cfg.val_lq if isinstance(cfg.val_lq, tuple) else (cfg.val_lq,)
+    gt_roots = split_roots(cfg.val_gt) or [None]
+    lq_roots = split_roots(cfg.val_lq)
     if cfg.val_lq and (not cfg.val_gt or len(lq_roots) != len(gt_roots)):
         raise UserError("give one val_lq for each val_gt")
     if cfg.val_freq == 0 and not cfg.eval_only:
@@ -310,7 +316,7 @@ def open_validation_sets(cfg: Config) -> dict[str, ValidationImages]:
     options |= options_of_degradation(cfg.degradation, cfg)
     sets = {}
     for i, root in enumerate(gt_roots):
-        name = Path(os.path.abspath(root)).stem if root else "synthetic"
+        name = printable(Path(os.path.abspath(root)).stem) if root else "synthetic"
         if name in sets:  # folders of the same name
             name += f"_{i + 1}"
         sets[name] = ValidationImages(root, lq_roots[i] if cfg.val_lq else None, **options)
@@ -527,6 +533,7 @@ def validate(
         pictures = {}
         for name, picture in strips.items():
             path = folder / "visualization" / dataset / f"{name}_{it}.png"
+            path = path.with_name(fit_name(path.name))
             path.parent.mkdir(parents=True, exist_ok=True)
             picture.save(path)
             pictures[f"{dataset}/{name}"] = picture
@@ -655,6 +662,7 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
     saved = start > 0
     with bar, Prefetcher(loader, device) as batches, requests:
         clock = Clock(start)
+        damaged: set[str] = set()  # images that have been named
         for it in range(start + 1, cfg.total_iters + 1):
             try:
                 micro_batches = [next(batches) for _ in range(hardware.accumulate)]
@@ -686,6 +694,7 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
             last = it == cfg.total_iters
             if it % cfg.print_freq == 0 or last:
                 means = meter.means()
+                means |= log_damaged(log, dataset, damaged)
                 log_step(log, cfg, it, means, lr, clock, batches)
                 if means["skipped_in_a_row"] >= MOST_SKIPPED:
                     sentence = f"stopped: no finite loss in {MOST_SKIPPED} steps"
@@ -774,9 +783,11 @@ def log_step(
     left = tqdm.format_interval(seconds / steps * (cfg.total_iters - it))
     text = f"iter {it:,}/{cfg.total_iters:,}: loss {means['loss']:.4e}, lr {lr:.2e}"
     for name, value in means.items():  # the terms of the loss, and what else a step returns
-        if name not in ("loss", "grad_norm", "skipped", "skipped_in_a_row"):
+        if name not in ("loss", "grad_norm", "skipped", "skipped_in_a_row", "damaged"):
             text += f", {name} {value:.4e}"
     text += f", {speed:.1f} img/s, {left} left, {waiting:.0%} waiting for data"
+    if "damaged" in means:
+        text += f", {means['damaged']:.0f} damaged image(s)"
     if means["skipped"]:
         text += f", {means['skipped']:.0f} skipped"
     if waiting > 0.25 and clock.intervals > 1:
@@ -785,6 +796,22 @@ def log_step(
     values |= {"lr": lr, "time": seconds / steps, "data_time": batches.wait / steps}
     values |= {"img_per_s": speed, "max_mem_gb": torch.cuda.max_memory_allocated() / 1e9 or None}
     log.event("train", text, it, **values)
+
+
+def log_damaged(log: Log, dataset: PairedImageDataset, known: set[str]) -> dict[str, float]:
+    """Names the images that were found damaged on any rank, except for those `known`.
+
+    Returns {"damaged": their number} if there are any.
+    """
+    for source in dataset.sources:
+        sum_over_ranks(source.damaged).clamp_(max=1)
+        for i in source.damaged.nonzero().flatten().tolist():
+            path = f"{source.root}/{source.names[i]}"
+            if path not in known:
+                log(f"note: {path} is damaged, and replaced: python data.py check names all")
+                known.add(path)
+    count = dataset.count_damaged()
+    return {"damaged": float(count)} if count else {}
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
@@ -848,8 +875,11 @@ def read_file(path: str) -> dict[str, Any]:
     """The public names of a config file. Modules that it imports are no options."""
     if not Path(path).is_file():
         raise UserError(f"{path}: there is no such config file (options are --key=value)")
+    names: dict[str, Any] = {"__file__": path, "__name__": "config"}
     try:
-        names = run_path(path)
+        exec(compile(read_text(path), path, "exec"), names)
+    except USER_ERRORS:
+        raise
     except BaseException as error:
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         place = f" in line {lines[-1]}" if lines else ""
@@ -909,7 +939,8 @@ def from_text(text: str, hint: Any) -> Any:
         return None
     if takes_text(kinds):
         lists = any(get_origin(kind) is tuple for kind in kinds)
-        return tuple(word.strip() for word in text.split(",")) if lists and "," in text else text
+        words = split_at_commas(text)
+        return tuple(words) if lists and len(words) > 1 else text
     text = {"true": "True", "false": "False"}.get(text, text)
     try:
         return ast.literal_eval(text)
@@ -999,6 +1030,7 @@ def check(cfg: Config) -> None:
             raise UserError(f"{name}={getattr(cfg, name)!r:.60} can't work: it must be {wanted}")
 
     plain = cfg.name.isprintable() and cfg.name.rstrip(".") == cfg.name != ""
+    plain = plain and len(os.fsencode(cfg.name)) <= 200  # "_archived_..." comes behind it
     need(plain and Path(cfg.name).name == cfg.name, "name", "a plain name")
     recipe = "'' for scale=1, else as in configs/*_sr.py"
     need((cfg.upsampler == "") == (cfg.scale == 1), "upsampler", recipe)
@@ -1197,6 +1229,9 @@ def distribute(network: nn.Module, world: int) -> nn.Module:
 
 # Checkpoints
 
+STATE_NAME = re.compile(r"[0-9]+\.state")
+NETWORK_NAME = re.compile(r"net_g_([0-9]+|best|best_before_[0-9]+)\.pth")
+
 # Before the first step. Options that differ from the defaults are listed as changes.
 FRESH_STATE: dict[str, Any] = {"iter": 0, "best": {}, "config": vars(Config())}
 
@@ -1251,8 +1286,9 @@ def remove_old_checkpoints(folder: Path, it: int, keep_last: int, rank: int) -> 
 
 
 def saved_iterations(folder: Path) -> list[int]:
-    names = [path.stem for path in folder.glob("training_states/*.state")]
-    return sorted(int(name) for name in names if name.isdigit())
+    """Other files, such as copies that people or programs have made, are ignored."""
+    names = [path.name for path in folder.glob("training_states/*.state")]
+    return sorted(int(name.removesuffix(".state")) for name in names if STATE_NAME.fullmatch(name))
 
 
 def last_checkpoint(
@@ -1269,7 +1305,15 @@ def last_checkpoint(
 
 
 def newest_whole_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Names those that aren't whole."""
+    """Names those that aren't whole, and files that aren't ours."""
+    files = [*folder.glob("training_states/*"), *folder.glob("models/*")]
+    foreign = []
+    for file in files:
+        known = STATE_NAME.fullmatch(file.name) or NETWORK_NAME.fullmatch(file.name)
+        if not known and not file.name.startswith("."):
+            foreign.append(file.name)
+    if foreign:
+        print(f"note: ignored in {folder}, as not written by train.py: {', '.join(foreign[:5])}")
     for it in reversed(saved_iterations(folder)):
         try:
             return load_checkpoint(folder, it)
@@ -1345,8 +1389,8 @@ def open_folder(folder: Path, cfg: Config, rank: int, lock: Any) -> Any:
         return None
     folder.mkdir(parents=True, exist_ok=True)
     lock = lock or lock_folder(folder)
-    has_networks = any(folder.glob("models/*.pth"))
-    stateless = has_networks and not any(folder.glob("training_states/*.state"))
+    has_networks = any(NETWORK_NAME.fullmatch(path.name) for path in folder.glob("models/*"))
+    stateless = has_networks and not saved_iterations(folder)
     unwanted = cfg.resume == "never" and (folder / "config.json").exists()
     if cfg.eval_only or not (stateless or unwanted):
         return lock
@@ -1479,6 +1523,8 @@ def run(argv: list[str]) -> int:
         if "DataLoader worker" not in str(error):
             raise
         sentence = error
+        if "shared memory" in str(error):
+            sentence = f"{error} (--num_workers=0, or in Docker --shm-size=8g)"
     print(f"error: {sentence}", file=sys.stderr, flush=True)
     return 1
 
@@ -1495,5 +1541,6 @@ def leave(code: int) -> None:
 
 
 if __name__ == "__main__":
+    print_anything()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save
     leave(run(sys.argv[1:]))
