@@ -83,18 +83,7 @@ LAYOUTS = {
     (16, "RGBA"): "16-bit colour",
 }
 INEXACT_RAW_MODES = ("LA;16B", "BGR;15", "BGR;16")  # 16-bit gray with alpha; 5 bits in BMP
-# A TIFF file says more than that. (tag, its default, what is understood, what else it may be)
-TIFF_TAGS = (
-    (262, None, (0, 1, 2, 3, 5, 6), "colours other than gray, RGB, a palette or CMYK"),
-    (338, (), ((), (2,)), "premultiplied alpha, or channels of unknown meaning"),
-    (339, (1,), ((1,), (1,) * 2, (1,) * 3, (1,) * 4), "signed or floating-point values"),
-)
-TIFF_TAGS_16_BIT = (
-    (262, None, (1, 2), "16-bit values with white as 0"),
-    (284, 1, (1,), "16-bit values in separate planes"),
-)
-# PhotometricInterpretation: channels without alpha
-TIFF_CHANNELS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3}
+TIFF_CHANNELS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3}  # by PhotometricInterpretation, without alpha
 
 
 class Header(NamedTuple):
@@ -203,15 +192,26 @@ def check_tiff(image: Image.Image) -> int:
     """Bits per value: 8 also stands for less. Raises UserError for what isn't known."""
     tags = image.tag_v2
     bits = max(tags.get(258, (1,)))
-    table = TIFF_TAGS + TIFF_TAGS_16_BIT if bits == 16 else TIFF_TAGS
-    for tag, default, understood, else_ in table:
-        if tags.get(tag, default) not in understood:
-            raise UserError(f"{else_}: save it as a plain PNG or TIFF")
-    if tags[262] == 6 and tags.get(259) != 7:
-        raise UserError("YCbCr without JPEG compression: save it as a plain PNG or TIFF")
-    channels = TIFF_CHANNELS[tags[262]] + len(tags.get(338, ()))
-    if tags.get(277, 1) != channels:
-        raise UserError(f"{tags.get(277, 1)} channels where {channels} are due: save it as PNG")
+    compression = tags.get(259)
+    colours = tags.get(262)  # 0: gray, white is 0; 1: gray; 2: RGB; 3: palette; 5: CMYK; 6: YCbCr
+    channels = TIFF_CHANNELS.get(colours, 0)
+    planes = tags.get(284, 1)  # 2: one for each channel
+    extra = tags.get(338, ())  # 2: alpha that isn't multiplied
+    kinds = set(tags.get(339, (1,)))  # 1: unsigned integers
+    unknown = {
+        "colours other than gray, RGB, a palette or CMYK": channels == 0,
+        "YCbCr without JPEG compression": colours == 6 and compression != 7,
+        "signed or floating-point values": kinds != {1},
+        "premultiplied alpha, or channels of unknown meaning": extra not in ((), (2,)),
+        "another number of channels than its colours have": (
+            tags.get(277, 1) != channels + len(extra)
+        ),
+        "16 bits with white as 0": bits == 16 and colours == 0,
+        "channels in separate planes": planes != 1 and (bits == 16 or channels == 1),
+    }
+    for what, is_so in unknown.items():
+        if is_so:
+            raise UserError(f"{what}: save it as a plain PNG or TIFF")
     return 8 if bits < 8 else bits
 
 
@@ -263,7 +263,11 @@ def turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def describe_error(error: Exception) -> str:
-    return str(error) if isinstance(error, UserError) else repr(error)
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, PIL.UnidentifiedImageError):
+        return "damaged, or of an unknown format or layout: save it as a plain PNG"
+    return repr(error)
 
 
 def write_image(

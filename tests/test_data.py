@@ -3,19 +3,22 @@
 import contextlib
 import functools
 import io
+import itertools
 import os
+import shutil
 import struct
 import subprocess
 import sys
 import time
 import types
+import warnings
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -1076,3 +1079,322 @@ def test_a_batch_that_can_not_be_shared_later_on_is_refused():
     assert len(next(batches)) == len(next(batches)) == 2
     with pytest.raises(data.UserError, match="batch_size=3 is no multiple"):
         next(batches)
+
+
+# ---- whatever people feed it: exact, or refused by name ----
+
+
+def tiff_layouts():
+    """(name, pixels as they should be read, or None, options of tifffile.TiffWriter.write)."""
+    rng = np.random.default_rng(0)
+    channels = {"minisblack": 1, "miniswhite": 1, "palette": 1, "rgb": 3, "cielab": 3, "ycbcr": 3}
+    for photometric, dtype, planes, tile, extra, compression in itertools.product(
+        channels,
+        ("u1", "u2", "u4", "i1", "i2", "f2", "f4", "bool"),
+        ("contig", "separate"),
+        (None, (16, 16)),
+        (None, "unspecified", "assocalpha", "unassalpha"),
+        (None, "zlib"),
+    ):
+        count = channels[photometric] + (extra is not None)
+        if (planes == "separate" and count == 1) or (photometric == "palette" and dtype != "u1"):
+            continue
+        if dtype == "bool":
+            pixels = rng.random((21, 35, count)) < 0.5
+            want = pixels.astype(np.uint8) * 255
+        elif dtype in ("f2", "f4"):
+            want = pixels = rng.random((21, 35, count)).astype(dtype)
+        else:
+            limits = np.iinfo(dtype)
+            want = pixels = rng.integers(limits.min, limits.max, (21, 35, count), dtype=dtype)
+        options = {"photometric": photometric, "tile": tile, "compression": compression}
+        if photometric == "miniswhite" and dtype in ("u1", "u2", "bool"):
+            want = np.iinfo(want.dtype).max - want
+        if photometric == "palette":
+            options["colormap"] = rng.integers(0, 65536, (3, 256), dtype=np.uint16)
+            want = (options["colormap"][:, pixels[..., 0]] >> 8).astype(np.uint8).transpose(1, 2, 0)
+        if photometric in ("cielab", "ycbcr") or dtype not in ("u1", "u2", "bool"):
+            want = None  # has to be refused
+        if photometric == "ycbcr":
+            options["subsampling"] = (1, 1)
+        if extra:
+            options["extrasamples"] = [extra]
+        if count > 1:
+            options["planarconfig"] = planes
+        pixels = pixels[..., 0] if count == 1 else pixels
+        if planes == "separate":
+            pixels = np.moveaxis(pixels, 2, 0)
+        name = f"{photometric} {dtype} {planes} {tile} {extra} {compression}"
+        yield name, want, channels[photometric], pixels, options
+
+
+def test_every_layout_of_tiff_is_exact_or_refused(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    exact = set()
+    path = tmp_path / "x.tif"
+    for name, want, colours, pixels, options in tiff_layouts():
+        for order in "<>":
+            try:
+                with warnings.catch_warnings(), tifffile.TiffWriter(path, byteorder=order) as tiff:
+                    warnings.simplefilter("ignore")
+                    tiff.write(pixels, **options)
+            except Exception:  # what tifffile doesn't write
+                continue
+            try:
+                got = read_image(path, alpha=True)
+            except data.UnreadableImage as error:
+                assert "save it" in str(error) or "OpenCV" in str(error), (name, error)
+                continue
+            assert want is not None, name
+            assert np.array_equal(got[..., :3], want[..., :3]) or np.array_equal(got, want), name
+            assert read_header(path)[0] == read_image(path).shape, name
+            assert np.array_equal(read_image(path)[..., :colours], want[..., :colours]), name
+            exact.add(name)
+    for name in ("minisblack u1", "miniswhite u1", "palette u1", "rgb u1", "minisblack u2"):
+        assert f"{name} contig None None None" in exact
+    assert "rgb u1 separate (16, 16) unassalpha None" in exact
+
+
+def test_pages_and_frames_are_named(tmp_path):
+    images = [Image.fromarray(photo(16, 16, seed=k)) for k in range(2)]
+    for name in ("pages.tif", "frames.webp", "frames.png"):
+        options = {"lossless": True} if name.endswith("webp") else {}
+        (tmp_path / "gt").mkdir(exist_ok=True)
+        images[0].save(tmp_path / "gt" / name, save_all=True, append_images=images[1:], **options)
+        assert np.array_equal(read_image(tmp_path / "gt" / name), np.asarray(images[0]))
+    notices = ImageFolder(tmp_path / "gt").notices
+    assert "only the first page or frame is read of 3 image(s), as frames.png" in notices[0]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("mode", ["L", "P", "transparent"])
+def test_png_of_few_bits(tmp_path, mode, bits):
+    values = np.random.default_rng(0).integers(0, 2**bits, (9, 13), dtype=np.uint8)
+    image = Image.fromarray(values, "L")
+    if mode != "L":
+        image = Image.fromarray(values, "P")
+        image.putpalette(np.random.default_rng(1).integers(0, 256, 3 * 2**bits).tolist())
+    want = np.asarray(image.convert("RGB"))
+    options = {"transparency": 0} if mode == "transparent" else {}
+    if mode == "L":
+        save_gray_png(tmp_path / "x.png", values, bits)
+        want = np.repeat(values[..., None] * (255 // (2**bits - 1)), 3, 2)
+    else:
+        image.save(tmp_path / "x.png", bits=bits, **options)
+    assert np.array_equal(read_image(tmp_path / "x.png", 3), want)
+
+
+def save_gray_png(path, values, bits):
+    height, width = values.shape
+    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    expanded = np.unpackbits(values[..., None], axis=2)[..., 8 - bits :].reshape(height, -1)
+    rows = np.packbits(expanded, axis=1)
+    raw = b"".join(b"\0" + row.tobytes() for row in rows)
+    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "mode", "options"),
+    [
+        ("bmp", "RGB", {}),
+        ("bmp", "L", {}),
+        ("bmp", "RGBA", {}),
+        ("webp", "RGB", {"lossless": True}),
+        ("webp", "RGBA", {"lossless": True, "exact": True}),
+        ("png", "RGBA", {}),
+        ("png", "LA", {}),
+        ("tif", "RGB", {"compression": "tiff_lzw"}),
+        ("tif", "RGBA", {"compression": "tiff_adobe_deflate"}),
+        ("tif", "L", {"compression": "packbits"}),
+        ("tif", "1", {"compression": "group4"}),
+    ],
+)
+def test_lossless_files_are_exact(tmp_path, suffix, mode, options):
+    image = Image.fromarray(photo(23, 31, 4)).convert(mode)
+    image.save(tmp_path / f"x.{suffix}", **options)
+    want = np.atleast_3d(np.asarray(image.convert("L") if mode == "1" else image))
+    got = read_image(tmp_path / f"x.{suffix}", alpha=mode != "RGBA" or suffix != "bmp")
+    assert np.array_equal(got, want[..., : got.shape[2]])
+
+
+def test_what_users_files_hold_has_no_limit(tmp_path):
+    path = tmp_path / "x.png"
+    text = PngImagePlugin.PngInfo()
+    text.add_text("prompt", "a" * 3_000_000, zip=True)
+    Image.fromarray(photo(8, 8)).save(path, pnginfo=text, icc_profile=os.urandom(1_500_000))
+    assert read_image(path).shape == (8, 8, 3)
+    Image.new("1", (16000, 12000)).save(path)  # 192 megapixels
+    assert read_header(path).shape == (12000, 16000, 1)
+    assert read_image(path).shape == (12000, 16000, 1)
+
+
+def profile(space):
+    return b"\0" * 16 + space + b"\0" * 108
+
+
+@pytest.mark.parametrize("depth", [np.uint8, np.uint16])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_metadata_survive(tmp_path, channels, depth):
+    if depth == np.uint16 and channels == 3:
+        pytest.importorskip("cv2")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x010F] = "Maker"
+    exif.get_ifd(0x8769)[0x829A] = 0.5  # ExposureTime
+    exif.get_ifd(0x8769)[0xA002] = 24  # width
+    icc = profile(b"GRAY" if channels == 1 else b"RGB ")
+    Image.fromarray(photo(16, 24)).convert("L" if channels == 1 else "RGB").save(
+        tmp_path / "x.jpg", exif=exif, icc_profile=icc
+    )
+    metadata, dropped = data.read_metadata(tmp_path / "x.jpg")
+    assert dropped == ""
+    pixels = photo(24, 16, channels, dtype=depth)
+    data.write_image(tmp_path / "y.png", pixels, **metadata)
+    assert np.array_equal(read_image(tmp_path / "y.png"), pixels)
+    with Image.open(tmp_path / "y.png") as image:
+        assert image.info["icc_profile"] == icc
+        written = image.getexif()
+        assert written[0x010F] == "Maker" and 0x0112 not in written
+        assert dict(written.get_ifd(0x8769)) == {0x829A: 0.5}
+
+
+def test_a_profile_of_other_colours_is_dropped_and_said(tmp_path):
+    path = save(tmp_path / "x.png", photo(8, 8), icc_profile=profile(b"CMYK"))
+    metadata, dropped = data.read_metadata(path)
+    assert metadata == {} and "x.png: its colour profile is dropped" in dropped
+
+
+def test_what_is_left_out_is_counted(folder):
+    for name in ("a.heic", "b.HEIC", "c.txt", ".hidden.heic", "README"):
+        (folder / name).write_bytes(b"x")
+    (notice,) = ImageFolder(folder).notices
+    want = "left out: 2 .heic (convert to JPEG or PNG), 1 .txt, 1 without suffix"
+    assert sorted(notice.partition("; ")[2].removeprefix("left out: ").split(", ")) == sorted(
+        want.removeprefix("left out: ").split(", ")
+    )
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "a.cr2").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"holds no images .*left out: 1 \.cr2 \(convert"):
+        ImageFolder(folder)
+
+
+def test_a_folder_may_have_commas(tmp_path):
+    for root in ("a, b", "c", "d"):
+        save(tmp_path / root / "1.png", photo(32, 32))
+    assert data.split_at_commas(f"{tmp_path}/a, b,{tmp_path}/c, {tmp_path}/d") == [
+        f"{tmp_path}/a, b",
+        f"{tmp_path}/c",
+        f"{tmp_path}/d",
+    ]
+    assert len(PairedImageDataset(f"{tmp_path}/a, b,{tmp_path}/c", gt_size=16)) == 2
+
+
+def test_a_template_may_name_a_folder(tmp_path):
+    """DIV2K's: HR/0001.png, LR/X2/0001x2.png, LR/X4/0001x4.png."""
+    for n in ("0001", "0002"):
+        save(tmp_path / f"HR/{n}.png", photo(32, 32))
+        save(tmp_path / f"LR/X2/{n}x2.png", photo(16, 16))
+        save(tmp_path / f"LR/X4/{n}x4.png", photo(8, 8))
+    roots = (tmp_path / "HR", tmp_path / "LR")
+    options = {"scale": 2, "gt_size": 16, "filename_tmpl": "X2/{}x2"}
+    assert len(PairedImageDataset(*roots, **options)) == 2
+    save(tmp_path / "LR/X2/0003x2.png", photo(16, 16))
+    with pytest.raises(ValueError, match=r"X2/0003x2\.png is no image's partner"):
+        PairedImageDataset(*roots, **options)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_lists_of_windows_editors(tmp_path, encoding):
+    for name in ("ä.png", "b.png", "c.png"):
+        save(tmp_path / "gt" / name, photo(32, 32))
+    (tmp_path / "list.txt").write_bytes("ä.png (32,32,3)\r\nb.png\r\n".encode(encoding))
+    dataset = PairedImageDataset(tmp_path / "gt", meta_info_file=tmp_path / "list.txt", gt_size=16)
+    assert len(dataset) == 2
+
+
+def test_a_list_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "list.txt").write_bytes("ä.png".encode("cp1252"))
+    with pytest.raises(ValueError, match=r"list\.txt is not in UTF-8"):
+        data.read_list(tmp_path / "list.txt")
+
+
+def test_names_of_the_greatest_length_and_of_any_bytes(tmp_path):
+    name = "ä" * 125 + "x.png"  # 255 bytes
+    data.write_image(tmp_path / name, photo(8, 8))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    long = data.fit_name(name.replace(".png", "_100.png"))
+    assert len(os.fsencode(long)) <= 255 and long.endswith(".png") and long != data.fit_name(name)
+    assert data.fit_name(name) == name
+    strange = os.fsdecode(b"\xff.png")
+    assert data.printable(strange) == "\\udcff.png"
+
+
+@pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "cp1252"}, {"LC_ALL": "C"}])
+def test_any_name_on_any_terminal(tmp_path, environment):
+    for name in ("日本.png", os.fsdecode(b"\xff\xfe.png"), "ok.png"):
+        save(tmp_path / "gt" / name, photo(32, 32))
+    (tmp_path / "gt/日本.png").write_bytes(b"broken")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "data.py"), "check", str(tmp_path / "gt"), "--gt_size=40"],
+        capture_output=True,
+        env=os.environ | {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"} | environment,
+    )
+    assert done.returncode == 1 and b"problems: 1" in done.stderr, done
+    assert b"UnicodeEncodeError" not in done.stderr + done.stdout
+
+
+def test_full_shared_memory_is_named_with_the_remedy(folder):
+    def batches():
+        yield [torch.zeros(1), torch.zeros(1)]
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space")
+
+    with Prefetcher(batches(), "cpu") as prefetcher:
+        next(prefetcher)
+        with pytest.raises(ValueError, match=r"/dev/shm, is too small: --num_workers=0.*shm-size"):
+            next(prefetcher)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_damaged_image_is_replaced_by_the_next_sample(tmp_path, num_workers):
+    for i in range(200):
+        save(tmp_path / "gt" / f"{i:03d}.png", photo(24, 24, seed=i))
+    whole = PairedImageDataset(tmp_path / "gt", gt_size=16)
+    bad = tmp_path / "gt" / "007.png"
+    content = bad.read_bytes()
+    (n,) = (n for n in range(200) if whole.choose(n, 0, 0).gt_index == 7)
+    before = [whole[n] for n in range(n, n + 2)]
+    bad.write_bytes(content[:-300])
+    dataset = PairedImageDataset(tmp_path / "gt", gt_size=16)
+    loader = train_loader(dataset, iter([[(n, 16)], [(n + 1, 16)]]), num_workers)
+    got = list(loader)
+    assert torch.equal(got[0][1][0], before[1][1]) and torch.equal(got[1][1][0], before[1][1])
+    assert dataset.count_damaged() == 1  # seen here, although a worker has found it
+    assert dataset.sources[0].damaged.nonzero().tolist() == [[7]]
+
+    # Damaged to the eye: left out at the start. More than 1 %: named.
+    (tmp_path / "gt" / "008.png").write_bytes(b"broken")
+    dataset = PairedImageDataset(tmp_path / "gt", gt_size=16)
+    assert len(dataset) == 199 and "left out: " in dataset.notices[0]
+    (tmp_path / "gt" / "009.png").write_bytes(content[:-300])
+    dataset = PairedImageDataset(tmp_path / "gt", gt_size=16)
+    with pytest.raises(data.UnreadableImage, match=r"00[79]\.png can't be read"):
+        [dataset[n] for n in range(200)]
+    for i in range(10, 13):
+        (tmp_path / "gt" / f"{i:03d}.png").write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"008\.png can't be read.*010\.png can't be read"):
+        PairedImageDataset(tmp_path / "gt", gt_size=16)
+
+
+def test_a_damaged_image_and_its_partner_are_left_out_together(tmp_path):
+    for i in range(200):
+        save(tmp_path / "gt" / f"{i:03d}.png", photo(16, 16, seed=i))
+        save(tmp_path / "lq" / f"{i:03d}.png", photo(16, 16, seed=i))
+    (tmp_path / "gt" / "003.png").write_bytes(b"broken")
+    (tmp_path / "lq" / "005.png").write_bytes(b"broken")
+    dataset = PairedImageDataset(tmp_path / "gt", tmp_path / "lq", gt_size=16)
+    assert len(dataset) == 198
+    names = {p.gt.names[p.gt_index] for p in dataset.pairs}
+    assert not names & {"003.png", "005.png"}
+    assert all(p.gt.names[p.gt_index] == p.lq.names[p.lq_index] for p in dataset.pairs)
