@@ -127,7 +127,9 @@ def read_header(path: str | Path) -> Header:
             width, height = height, width
         shape = (height, width, 1 if "gray" in layout else 3)
         depth = 2 if "16-bit" in layout else 1
-        frames = getattr(image, "n_frames", 1)
+        frames = 1
+        with contextlib.suppress(Exception):  # of damaged pages that aren't read
+            frames = getattr(image, "n_frames", 1)
         return Header(shape, depth, image.has_transparency_data, frames)
 
 
@@ -136,7 +138,8 @@ def read_metadata(path: str | Path) -> tuple[dict[str, bytes], str]:
 
     For the pixels that `read_image` returns: upright, and gray or RGB. Raises UnreadableImage.
     """
-    metadata, dropped = {}, ""
+    metadata = {}
+    dropped = []
     with opened(path) as image:
         gray = "gray" in layout_of(image)
         profile = image.info.get("icc_profile")
@@ -145,16 +148,25 @@ def read_metadata(path: str | Path) -> tuple[dict[str, bytes], str]:
             if space == (b"GRAY" if gray else b"RGB "):
                 metadata["icc_profile"] = profile
             else:
-                dropped = f"{path}: its colour profile is dropped: it is not for gray or RGB pixels"
-        exif = image.getexif()
-        exif.pop(ORIENTATION, None)
-        details = exif.get_ifd(ExifTags.IFD.Exif)
-        details.pop(ExifTags.Base.ExifImageWidth, None)
-        details.pop(ExifTags.Base.ExifImageHeight, None)
-        exif.get_ifd(ExifTags.IFD.IFD1).clear()  # a thumbnail
-        if len(exif):
-            metadata["exif"] = exif.tobytes()
-    return metadata, dropped
+                dropped.append("its colour profile, which is not for gray or RGB pixels")
+        try:
+            exif = upright_exif(image)
+            if len(exif):
+                metadata["exif"] = exif.tobytes()
+        except Exception:  # Pillow raises some ten kinds for damaged EXIF
+            dropped.append("its EXIF data, which are damaged")
+    return metadata, f"{path}: dropped: {', '.join(dropped)}" if dropped else ""
+
+
+def upright_exif(image: Image.Image) -> Image.Exif:
+    """Without what no longer holds for the upright and perhaps enlarged image."""
+    exif = image.getexif()
+    exif.pop(ORIENTATION, None)
+    details = exif.get_ifd(ExifTags.IFD.Exif)
+    details.pop(ExifTags.Base.ExifImageWidth, None)
+    details.pop(ExifTags.Base.ExifImageHeight, None)
+    exif.get_ifd(ExifTags.IFD.IFD1).clear()  # a thumbnail
+    return exif
 
 
 @contextlib.contextmanager
@@ -561,7 +573,8 @@ def bind_degradation(name: str, scale: int, in_chans: int, options: dict[str, An
     # Results of another kind would spoil the training without a word. The image is 128: floats
     # in [0, 1] have a mean near 0.5, those in [0, 255] near 128, and 9 lies between.
     lq = bound(np.full((64 * scale, 64 * scale, in_chans), 128, np.uint8), sample_rng(0, 0))
-    if lq.shape != (64, 64, in_chans) or (lq.dtype != np.uint8 and np.mean(lq) > 9):
+    is_8_bit = lq.dtype == np.uint8
+    if lq.shape != (64, 64, in_chans) or not (is_8_bit or abs(np.mean(lq)) < 9):  # nan is not
         sentence = "must return (H / scale, W / scale, C), uint8 or floats in [0, 1]"
         raise UserError(f"{name} {sentence}, and does not for {scale=}")
     return Degradation(bound, margin)
