@@ -14,12 +14,15 @@ h heads of d = C / h channels. A token is a pixel of the features. Images have i
 """
 
 import argparse
+import contextlib
 import os
 import re
 import sys
 import time
 import warnings
+import zipfile
 from collections import Counter
+from collections.abc import Collection, Iterable
 from functools import partial
 from math import isqrt
 from pathlib import Path
@@ -486,7 +489,9 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
         if size % multiple == 0:
             continue
         padded = size + -size % multiple
-        period = max(2 * size - 2, 1)  # of an image that is reflected to and fro
+        # The period of an image that is reflected to and fro; 1 for a single pixel. The ONNX export
+        # would keep max(..., 1) as the number that it was for its example.
+        period = 2 * size - 2 + 1 // size
         index = torch.arange(padded, device=x.device) % period
         x = x.index_select(dim, torch.minimum(index, period - index))
     return x
@@ -624,19 +629,32 @@ NETWORKS = {"swinir": SwinIR}
 
 # Checkpoints
 
-# Prefixes that wrappers (DataParallel, torch.compile) put before the keys
-PREFIX = re.compile(r"^((module|_orig_mod)\.)+")
+# What wrappers put into the keys: DataParallel and AveragedModel, torch.compile, FSDP
+WRAPPERS = re.compile(
+    r"^((module|_orig_mod)\.)+|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+COUNTERS = ("n_averaged",)  # AveragedModel counts its updates among the weights
+ANCHOR = "conv_first.weight"  # a key that every SwinIR has: what stands before it is a prefix
+# Under which keys programs save the weights, best first
+USUAL_KEYS = ("params_ema", "params-ema", "params", "state_dict", "model_state_dict")
 
 
 def load(path: str | Path, param_key: str = "params_ema", device: Any = "cpu") -> nn.Module:
     """The network in a checkpoint of ours, the authors, BasicSR or KAIR, in eval mode.
 
+    Args:
+        path: A file that torch.save wrote, or a safetensors file.
+        param_key: Which weights: a key of the file, or what stands before their keys, as
+            "net_g_ema" in net_g_ema.conv_first.weight. The default takes what there is if the file
+            names its weights in another way.
+
     Arguments that the tensors' shapes do not tell are the file's own, or else the usual ones.
     Raises UserError, with the path, if the file holds no network that is known here.
     """
-    weights, file = read_weights(path, param_key)
-    name = file.get("network", "swinir")
-    stated = file.get("arguments", {})
+    weights, about = read_weights(path, param_key)
+    name, stated = about["network"], about["arguments"]
+    if name not in NETWORKS:
+        raise UserError(f"{path}: its network is {name!r}; known here: {', '.join(NETWORKS)}")
     try:
         if name == "swinir":
             stated = swinir_arguments(weights, stated)
@@ -644,6 +662,8 @@ def load(path: str | Path, param_key: str = "params_ema", device: Any = "cpu") -
         net.load_state_dict(weights)
     except (RuntimeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:300]
+        if isinstance(error, KeyError):
+            reason = f"it has no {reason}"
         raise UserError(
             f"{path}: holds no network known here ({', '.join(NETWORKS)}): {reason}"
         ) from error
@@ -658,20 +678,21 @@ def load_weights(
     Tensors that are missing, or of another shape, are left out: with `strict` this is a UserError,
     as is a file none of whose tensors fits.
     """
-    weights, file = read_weights(path, param_key)
-    own = dict(net.named_parameters())
+    own = {}
+    for key, value in net.state_dict().items():
+        if not key.endswith(BUFFERS):
+            own[key] = value
+    weights, about = read_weights(path, param_key, own)
     taken = {}
     for key, value in weights.items():
         if key in own and value.shape == own[key].shape:
             taken[key] = value
     left = [key for key in own | weights if key not in taken and not key.endswith(BUFFERS)]
-    names = ", ".join(left[:5])
-    if len(left) > 5:
-        names += f" and {len(left) - 5} more"
+    names = listed(left)
     differences = ""
-    for key, value in file.get("arguments", {}).items():
+    for key, value in about["arguments"].items():
         if value != net.arguments.get(key):
-            differences += f"; its {key} is {value!r}"
+            differences += f"; its {one_line(key)} is {value!r}"
 
     if not taken or (strict and left):
         advice = f"strict_load=False takes {len(taken)} of {len(own)}"
@@ -683,38 +704,202 @@ def load_weights(
     return sentence + differences
 
 
-def read_weights(path: str | Path, param_key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(state dict without prefixes, the whole file). Runs no code of the file. Raises UserError."""
+def read_weights(
+    path: str | Path, param_key: str, own: Collection[str] = (ANCHOR,)
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(state dict under plain keys, the file's "network" and "arguments"). Runs no code of the
+    file. Raises UserError. `own` are the keys of the network that the weights are for."""
+    about = {"network": "swinir", "arguments": {}}
     try:
-        file = torch.load(Path(path).expanduser(), map_location="cpu", weights_only=True)
-        content = unwrap(file, param_key)
-        weights = {PREFIX.sub("", k): v for k, v in content.items() if isinstance(v, Tensor)}
-        file = dict(file)
-        file["arguments"] = dict(file.get("arguments", {}))
+        file = read_file(Path(path).expanduser())
+        for key, usual in about.items():
+            if isinstance(file.get(key), type(usual)):
+                about[key] = file[key]
+        weights = unwrap(file, param_key)
+        if ANCHOR in own and about["network"] == "swinir":
+            weights = without_prefix(weights)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except Exception as error:  # unpickling a damaged file raises anything
-        reason = "it is no checkpoint, or damaged, or holds more than tensors and plain values"
-        raise UserError(f"{path}: refused: {reason}") from error
-    return weights, file
+        raise UserError(f"{path}: {error}") from error.__cause__
+    return weights, about
 
 
-def unwrap(file: dict[str, Any], param_key: str) -> dict[str, Any]:
-    """The state dict in a file: under `param_key`, or a usual name of it, or the file itself."""
-    keys = [param_key]
-    if param_key == "params_ema":
-        keys += ["params-ema", "params", "state_dict", "model_state_dict"]
-    for key in keys:
-        if isinstance(file.get(key), dict):
-            return file[key]
-    is_state_dict = any(isinstance(value, Tensor) for value in file.values())
-    if is_state_dict and param_key in ("params_ema", "params"):
-        return file
-    others = [key for key, value in file.items() if isinstance(value, dict) and key != "arguments"]
-    names = ", ".join(map(repr, others)) or "one set of weights without a name"
+def read_file(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint, whatever its suffix. Raises UserError."""
+    with path.open("rb") as file:
+        start = file.read(1000)
+        if is_safetensors(start):
+            return read_safetensors(path)
+        file.seek(0)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about what is refused anyway
+                content = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # unpickling a damaged file raises anything
+            raise UserError(why_unreadable(path, start, error)) from error
+    if not isinstance(content, dict):
+        raise UserError(f"it holds a {type(content).__name__}, not a dict of tensors")
+    return content
+
+
+def is_safetensors(start: bytes) -> bool:
+    """Such a file starts with the length of its header, and the header, which is JSON."""
+    length = int.from_bytes(start[:8], "little")
+    return start[8:9] == b"{" and length <= 100_000_000  # the format's limit
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors.torch import load_file
+    except ModuleNotFoundError as error:
+        raise UserError("it is a safetensors file: pip install safetensors") from error
+    try:
+        return load_file(str(path))
+    except Exception as error:  # a damaged file raises anything
+        reason = one_line(error)
+        raise UserError(f"it is damaged: copy or download it again ({reason})") from error
+
+
+AGAIN = "copy or download it again"
+TRUSTED = "only if you trust its source, and save its state dict alone"
+# What is taken for a checkpoint by mistake: its first bytes -> what it is, and the remedy
+FIRST_BYTES = {
+    b"version https://git-lfs": "it is a Git LFS pointer, not the file: run git lfs pull",
+    b"<": "it is a web page: download the file again",
+    b"\x1f\x8b": "it is compressed: unpack it with gunzip",
+    b"\x89PNG": "it is an image, not a network",
+    b"\xff\xd8\xff": "it is an image, not a network",
+}
+ARCHIVE = "it is a zip archive without weights: unpack it, if they are inside"
+# Words of torch.load's error -> what the file is, and the remedy
+LOAD_ERRORS = {
+    "TorchScript": f"it is a TorchScript program: load it with torch.jit.load {TRUSTED}",
+    "legacy .tar": "it is a tar archive: unpack it, or, if PyTorch 0.1 wrote it, load it with "
+    f"torch.load(..., weights_only=False) {TRUSTED}",
+    "not in a subdirectory": ARCHIVE,
+    "locating file data.pkl": ARCHIVE,
+}
+
+
+def why_unreadable(path: Path, start: bytes, error: Exception) -> str:
+    """What is wrong with a file that torch.load refused, and the remedy."""
+    if not start:
+        return f"it is empty: {AGAIN}"
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
+    for first, remedy in FIRST_BYTES.items():
+        if text.startswith(first):
+            return remedy
+    if start.startswith(b"PK") and not zipfile.is_zipfile(path):
+        return f"it is cut short: {AGAIN}"
+    message = str(error)
+    for words, remedy in LOAD_ERRORS.items():
+        if words in message:
+            return remedy
+    names = python_objects(path, message)
+    if names:
+        load = "load it with torch.load(..., weights_only=False)"
+        return f"it holds Python objects ({names}), which can run code: {load} {TRUSTED}"
+    # Of several sentences, those about this file
+    reason = message.rpartition("WeightsUnpickler error:")[2]
+    reason = reason.partition("Check the documentation")[0]
+    reason = one_line(reason) or type(error).__name__
+    if "must be imported" in reason:
+        return reason
+    return f"it is no checkpoint, or damaged ({reason})"
+
+
+def python_objects(path: Path, message: str) -> str:
+    """The classes and functions in a file that torch.load refused for them."""
+    names = re.findall(r" GLOBAL (\S+)", message)
+    if not names:
+        return ""
+    with contextlib.suppress(Exception):  # the layout before torch 1.6: the message names one
+        names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)) or names
+    return one_line(", ".join(names))
+
+
+def one_line(message: Any) -> str:
+    """A message for a sentence. A damaged file can put anything into it."""
+    words = " ".join(str(message).split())
+    return "".join(letter for letter in words if letter.isprintable())[:200]
+
+
+def unwrap(file: dict[str, Any], param_key: str) -> dict[str, Tensor]:
+    """The state dict that `param_key` names: a dict in the file, or what stands before the keys.
+
+    "params_ema" also stands for the usual names, for the only dict of tensors, and for the file
+    itself; "params" for the file itself.
+    """
+    found = {}
+    for key, value in file.items():
+        if isinstance(value, dict) and tensors_in(value):
+            found[key] = tensors_in(value)
+    if param_key in found:
+        return found[param_key]
+
+    bare = tensors_in(file)
+    usual = [found[key] for key in USUAL_KEYS if key in found]
+    if usual:
+        state_dict = usual[0]
+    elif bare or len(found) != 1:
+        state_dict = bare
+    else:
+        (state_dict,) = found.values()
+    below = tensors_in(state_dict, param_key + ".")
+    if below:
+        return below
+    implied = param_key == "params_ema" or (param_key == "params" and state_dict is bare)
+    if state_dict and implied:
+        return state_dict
+
+    names = listed(map(repr, [*found, *prefixes_in(state_dict)]))
+    if not names and not bare:
+        raise UserError("it holds no weights")
+    names = names or "weights without a name"
     raise UserError(f"it has no {param_key!r}, but {names} (param_key)")
+
+
+def tensors_in(content: dict[Any, Any], prefix: str = "") -> dict[str, Tensor]:
+    """The tensors whose keys begin with `prefix`, under the rest, without wrappers' parts."""
+    tensors = {}
+    for key, value in content.items():
+        if not isinstance(value, Tensor) or not isinstance(key, str):
+            continue
+        if not key.startswith(prefix) or key.rpartition(".")[2] in COUNTERS:
+            continue
+        plain = WRAPPERS.sub("", key.removeprefix(prefix))
+        if plain in tensors:
+            raise UserError(f"two of its tensors are {plain!r} without the names of wrappers")
+        tensors[plain] = value
+    return tensors
+
+
+def without_prefix(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """SwinIR's tensors under its own keys. Others are left out, as the discriminator's beside
+    generator.conv_first.weight."""
+    prefixes = prefixes_in(weights)
+    if ANCHOR in weights or not prefixes:
+        return weights
+    if len(prefixes) > 1:
+        names = listed(map(repr, prefixes))
+        raise UserError(f"it holds several networks: name one of {names} (param_key)")
+    return tensors_in(weights, prefixes[0] + ".")
+
+
+def prefixes_in(weights: dict[str, Tensor]) -> list[str]:
+    """["generator"] for generator.conv_first.weight."""
+    ending = "." + ANCHOR
+    return [key.removesuffix(ending) for key in weights if key.endswith(ending)]
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first names, and how many more there are."""
+    names = [one_line(name) for name in names]
+    text = ", ".join(names[:9])
+    if len(names) > 9:
+        text += f" and {len(names) - 9} more"
+    return text
 
 
 def swinir_arguments(weights: dict[str, Tensor], stated: dict[str, Any]) -> dict[str, Any]:
@@ -814,7 +999,7 @@ def portable(
             copy = copy.to(torch.int32)
         if key.endswith(BUFFERS):
             copy = shared.setdefault((copy.shape, copy.numpy().tobytes()), copy)
-        copies[PREFIX.sub("", key)] = copy
+        copies[WRAPPERS.sub("", key)] = copy
     return copies
 
 
@@ -968,17 +1153,37 @@ def restore_pixels(
 def export_onnx(net: nn.Module, path: Path) -> str:
     """Writes opset 18 with dynamic batch, height and width; returns how it compares with PyTorch.
 
-    Raises UserError, and removes the file, if the two differ. Needs onnx and onnxruntime.
+    Raises UserError, and writes nothing, if the two differ. Needs onnx and onnxruntime.
     """
-    from onnxruntime import InferenceSession
+    multiple = net.multiple
+    sizes = [  # batch, height, width
+        (1, 3 * multiple, 4 * multiple),
+        (2, multiple + 3, 2 * multiple - 1),
+        (1, 1, multiple + 2),
+        (1, multiple + 2, 1),
+        (1, 1, 1),
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        trace_onnx(net, part)
+        worst = onnx_difference(net, part, sizes)
+        if not worst < 1e-3:  # NaN isn't
+            raise UserError(f"{path}: not written, because ONNX and PyTorch differ by {worst:.1e}")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return f"opset 18, any size, within {worst:.1e} of PyTorch at {len(sizes)} sizes"
 
-    multiple, channels = net.multiple, net.in_chans
+
+def trace_onnx(net: nn.Module, path: Path) -> None:
     sides = {0: "batch", 2: "height", 3: "width"}
+    example = torch.rand(1, net.in_chans, net.multiple + 1, net.multiple + 2)
     with warnings.catch_warnings(), torch.enable_grad():  # with gradients: all windows at once
         warnings.simplefilter("ignore")
         torch.onnx.export(
             net,
-            (torch.rand(1, channels, multiple + 1, multiple + 2),),
+            (example,),
             path,
             input_names=["x"],
             output_names=["y"],
@@ -986,16 +1191,31 @@ def export_onnx(net: nn.Module, path: Path) -> str:
             opset_version=18,
             dynamo=False,
         )
-    session = InferenceSession(path)
-    worst = 0.0
-    for shape in ((1, 3 * multiple, 4 * multiple), (2, multiple + 3, 2 * multiple - 1)):
-        x = torch.rand(shape[0], channels, *shape[1:])
-        (y,) = session.run(None, {"x": x.numpy()})
-        worst = max(worst, float(abs(y - restore(net, x).numpy()).max()))
-    if worst >= 1e-3:
-        path.unlink()
-        raise UserError(f"{path}: not written, because ONNX and PyTorch differ by {worst:.1e}")
-    return f"opset 18, any size, within {worst:.1e} of PyTorch at two sizes"
+
+
+def onnx_difference(net: nn.Module, path: Path, sizes: list[tuple[int, int, int]]) -> float:
+    from onnxruntime import InferenceSession
+
+    differences = []
+    try:
+        session = InferenceSession(path)
+        for batch, height, width in sizes:
+            x = torch.rand(batch, net.in_chans, height, width)
+            (y,) = session.run(None, {"x": x.numpy()})
+            want = restore(net, x).numpy()
+            if y.shape != want.shape:
+                return float("inf")
+            differences.append(np.max(abs(y - want)))
+    except Exception as error:  # onnxruntime's have no common class
+        raise UserError(f"ONNX can't run this network: {one_line(error)}") from error
+    return float(np.max(differences))  # NaN where one is
+
+
+def onnx_path(path: Path) -> Path:
+    """net.onnx for net.onnx, net.pth and net; net.v1.2.onnx for net.v1.2."""
+    if path.suffix.lower() in (".onnx", ".pth", ".pt", ".ckpt", ".safetensors"):
+        return path.with_suffix(".onnx")
+    return path.with_name(path.name + ".onnx")
 
 
 # Command line
@@ -1039,6 +1259,7 @@ def main() -> int | str | None:
     cli.add_argument("net", help="a SwinIR checkpoint: ours, official, BasicSR, KAIR")
     cli.add_argument("input", nargs="?", type=Path, help="an image or a folder")
     cli.add_argument("output", nargs="?", type=Path, help="a .png file or a folder")
+    cli.add_argument("--param_key", default="params_ema", help="which weights (%(default)s)")
     cli.add_argument("--tile", type=int, help="input pixels (default: whole, or as memory allows)")
     cli.add_argument("--overlap", type=int, default=32, help="of tiles, in pixels (default: 32)")
     cli.add_argument(
@@ -1052,8 +1273,8 @@ def main() -> int | str | None:
     args = cli.parse_intermixed_args()
 
     if args.onnx:
-        path = args.onnx.with_suffix(".onnx")
-        print(f"{path}: {export_onnx(load(args.net), path)}")
+        path = onnx_path(args.onnx)
+        print(f"{path}: {export_onnx(load(args.net, args.param_key), path)}")
         return None
     if args.input is None or args.output is None or not fitting(args.input, args.output):
         cli.error(
@@ -1062,7 +1283,7 @@ def main() -> int | str | None:
     if args.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(free_cores(), torch.get_num_threads()))
     check_device(args.device)
-    net = load(args.net, device=args.device)
+    net = load(args.net, args.param_key, args.device)
     jobs = list_jobs(args.input, args.output)
     failed = restore_files(net, jobs, args)
     if failed:
@@ -1135,8 +1356,11 @@ def restore_files(
             pixels = data.read_image(path, alpha=True)
             with torch.autocast(kind, torch.bfloat16, enabled=args.bf16):
                 restored = restore_pixels(net, pixels, args.tile, args.overlap, args.ensemble)
+            metadata, dropped = data.read_metadata(path)
+            if dropped:
+                tqdm.write(f"note: {dropped}", file=sys.stderr)
             output.parent.mkdir(parents=True, exist_ok=True)
-            data.write_image(output, restored)
+            data.write_image(output, restored, **metadata)
         except (ValueError, RuntimeError, OSError, MemoryError) as error:
             failed.append(str(path))
             reason = str(error).removeprefix(f"{path}: ") or type(error).__name__

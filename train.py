@@ -1039,6 +1039,11 @@ def check(cfg: Config) -> None:
         smaller = cfg.degradation == "bicubic"
         unfit = (same_size and cfg.scale > 1) or (smaller and cfg.scale == 1)
         need(not unfit, "degradation", "bicubic or your own for scale > 1 only")
+    if cfg.network == "swinir" and not cfg.eval_only:
+        img_range = 255 if cfg.window_size == 7 else 1
+        why = "ComfyUI and chaiNNer (spandrel) assume it, as weights don't tell"
+        wanted = f"{img_range} with window_size={cfg.window_size}: {why}"
+        need(cfg.img_range == img_range, "img_range", wanted)
     unit = cfg.scale * cfg.window_size
     need(cfg.gt_size % unit == 0, "gt_size", f"N x {unit} (scale x window_size)")
     tables = {"network": NETWORKS, "optimizer": OPTIMIZERS, "scheduler": SCHEDULES}

@@ -1,14 +1,18 @@
 """The network against the authors' outputs, gradients and file layouts."""
 
+import argparse
 import contextlib
+import gzip
 import io
 import json
 import os
 import pickletools
+import re
 import shutil
 import struct
 import subprocess
 import sys
+import tarfile
 import types
 import zipfile
 import zlib
@@ -24,6 +28,7 @@ from PIL import Image
 import model
 from data import read_image, write_image
 from model import SwinIR, load, load_weights, portable, restore
+from train import load_config
 
 TINY = {
     "img_size": 16,
@@ -301,6 +306,291 @@ def test_what_is_no_checkpoint_is_refused_in_a_sentence(tmp_path, monkeypatch):
     assert not Path("trapped").exists()
 
 
+# ---- what other programs write ----
+
+
+def safetensors(path, tensors, metadata=None):
+    """Writes float32 tensors in the format, without its package."""
+    header, body = {"__metadata__": metadata or {}}, b""
+    for key, value in tensors.items():
+        content = value.float().contiguous().numpy().tobytes()
+        offsets = [len(body), len(body) + len(content)]
+        header[key] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": offsets}
+        body += content
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + body)
+    return path
+
+
+def parameters(net, prefix=""):
+    return {prefix + key: value.detach() for key, value in net.named_parameters()}
+
+
+def same(net, path, *param_key):
+    """Whether `load` and `load_weights` find the weights of `net` in the file."""
+    fresh = lively(SwinIR(**TINY), 99)
+    load_weights(fresh, path, *param_key)
+    for other in (load(path, *param_key), fresh):
+        got = parameters(other)
+        for key, value in parameters(net).items():
+            if not torch.equal(got[key], value):
+                return False
+    return True
+
+
+@pytest.mark.parametrize("name", ["net.safetensors", "net.pth"])
+def test_safetensors_are_known_by_their_content(tmp_path, name):
+    pytest.importorskip("safetensors")
+    net = lively(SwinIR(**TINY))
+    path = safetensors(tmp_path / name, parameters(net), {"format": "pt"})
+    assert same(net, path) and same(net, path, "params")
+    with pytest.raises(model.UserError, match=r"no 'foo', but weights without a name .param_key"):
+        load(path, "foo")
+    both = parameters(lively(SwinIR(**TINY), 1), "params.") | parameters(net, "params_ema.")
+    assert same(net, safetensors(path, both))
+    assert not same(net, path, "params")
+    with pytest.raises(model.UserError, match=r"no 'foo', but 'params', 'params_ema' .param_key"):
+        load(path, "foo")
+
+
+def test_a_checkpoint_of_torch_is_read_under_any_suffix(tmp_path):
+    net = lively(SwinIR(**TINY))
+    for name in ("net.safetensors", "net.ckpt", "net"):
+        assert same(net, saved(tmp_path / name, net))
+
+
+def test_safetensors_without_the_package_or_damaged_are_refused(tmp_path, monkeypatch):
+    path = safetensors(tmp_path / "net.safetensors", parameters(SwinIR(**TINY)))
+    content = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "safetensors", None)
+        patch.delitem(sys.modules, "safetensors.torch", raising=False)
+        said = r"net\.safetensors: it is a safetensors file: pip install safetensors$"
+        with pytest.raises(model.UserError, match=said):
+            load(path)
+    pytest.importorskip("safetensors")
+    for end in (30, 1000, len(content) - 1):
+        path.write_bytes(content[:end])
+        with pytest.raises(model.UserError, match=r"net\.safetensors: it is damaged: .* again"):
+            load(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_precision_keep_their_values(tmp_path, dtype):
+    net = lively(SwinIR(**TINY)).to(dtype)
+    torch.save({"params": net.state_dict()}, tmp_path / "net.pth")
+    files = [tmp_path / "net.pth"]
+    if find_spec("safetensors"):
+        from safetensors.torch import save_file
+
+        files.append(tmp_path / "net.safetensors")
+        save_file(parameters(net), files[-1])
+    for path in files:
+        assert same(net.float(), path)
+        assert {p.dtype for p in load(path).parameters()} == {torch.float32}
+
+
+PREFIXES = ["module.", "_orig_mod.", "generator.", "model.", "net_g.", "netG.", "a.b.module.model."]
+PREFIXES += ["module.module.", "net_g._orig_mod.", "module.net_g."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_what_stands_before_all_keys_is_left_out(tmp_path, prefix):
+    net, path = lively(SwinIR(**TINY)), tmp_path / "net.pth"
+    weights = {prefix + key: value for key, value in net.state_dict().items()}
+    for content in (weights, {"state_dict": weights, "epoch": 3, "callbacks": {"best": 1.0}}):
+        torch.save(content, path)
+        assert same(net, path)
+    others = {"discriminator.conv0.weight": torch.zeros(3), "loss.vgg.mean": torch.zeros(3)}
+    others |= {"log_sigma": torch.zeros(()), "n_averaged": torch.tensor(7)}
+    if prefix not in ("module.", "_orig_mod.", "module.module."):  # others would have these, too
+        torch.save({"state_dict": weights | others}, path)
+        assert same(net, path)
+
+
+def test_of_several_networks_param_key_names_one(tmp_path):
+    net, other = lively(SwinIR(**TINY), 1), lively(SwinIR(**TINY), 2)
+    weights = parameters(net, "net_g_ema.") | parameters(other, "net_g.")
+    path = tmp_path / "net.ckpt"
+    for content in (weights, {"state_dict": weights, "hyper_parameters": {"lr": 1.0}}):
+        torch.save(content, path)
+        assert same(net, path, "net_g_ema") and same(other, path, "net_g")
+        said = r"net\.ckpt: .*several networks: name one of 'net_g_ema', 'net_g' .param_key"
+        for use in (load, lambda path: load_weights(SwinIR(**TINY), path)):
+            with pytest.raises(model.UserError, match=said):
+                use(path)
+        with pytest.raises(model.UserError, match=r"no 'foo', but .*'net_g_ema', 'net_g' .param"):
+            load(path, "foo")
+    torch.save({"model": parameters(net), "optimizer": {"state": {}}}, path)
+    assert same(net, path) and same(net, path, "model")
+    torch.save({"net_g": parameters(net), "net_d": {"a": torch.zeros(1)}, "lr": {"a": 1}}, path)
+    assert same(net, path, "net_g")
+    with pytest.raises(model.UserError, match=r"no 'params_ema', but 'net_g', 'net_d' .param_key"):
+        load(path)
+    torch.save({"epoch": 3, "optimizer": {"state": {}}}, path)
+    with pytest.raises(model.UserError, match=r"net\.ckpt: it holds no weights"):
+        load(path)
+
+
+def test_the_command_takes_param_key(tmp_path):
+    net, image = saved(tmp_path / "net.pth", identity()), tmp_path / "a.png"
+    write(image, np.zeros((9, 9, 3), np.uint8))
+    arguments = (net, image, tmp_path / "b.png", "--device=cpu")
+    assert run(*arguments, "--param_key=params_ema").returncode == 0
+    done = run(*arguments, "--param_key=params")
+    assert done.returncode == 1 and "no 'params', but 'params_ema'" in done.stderr
+
+
+def test_an_averaged_or_compiled_model_is_read(tmp_path):
+    net, path = lively(SwinIR(**TINY)), tmp_path / "net.pth"
+    average = torch.optim.swa_utils.AveragedModel(net)
+    torch.save(average.state_dict(), path)
+    assert "n_averaged" in torch.load(path) and same(net, path)
+    layers = {}
+    for key, value in net.state_dict().items():
+        layers[key.replace("layers.0.", "layers.0._orig_mod.")] = value
+    torch.save(layers, path)
+    assert same(net, path)
+    torch.save(layers | {"module.norm.weight": torch.zeros(12)}, path)
+    with pytest.raises(model.UserError, match=r"net\.pth: two of its tensors are 'norm\.weight'"):
+        load(path)
+
+
+class TwoStages(torch.nn.Module):
+    """A network that is not SwinIR, although keys of it look so."""
+
+    def __init__(self, in_chans=3):
+        super().__init__()
+        self.arguments = {"in_chans": in_chans}
+        for name in ("first", "second"):
+            stage = torch.nn.Sequential()
+            stage.add_module("conv_first", torch.nn.Conv2d(in_chans, in_chans, 3, padding=1))
+            stage.add_module("norm", torch.nn.BatchNorm2d(in_chans))
+            self.add_module(name, stage)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_other_networks_keep_their_keys_below_a_wrapper(tmp_path, monkeypatch, prefix):
+    monkeypatch.setitem(model.NETWORKS, "two", TwoStages)
+    net, fresh, path = TwoStages(), TwoStages(), tmp_path / "net.pth"
+    net.second.norm.running_mean.fill_(5)
+    weights = {prefix + key: value for key, value in net.state_dict().items()}
+    torch.save({"params": weights, "arguments": net.arguments, "network": "two"}, path)
+    got = load(path).state_dict()
+    assert all(torch.equal(got[key], value) for key, value in net.state_dict().items())
+    torch.save(weights, path)  # nothing says which network it is
+    n = len(weights)
+    assert load_weights(fresh, path) == f"{path}: {n} of {n} tensors taken"
+    got = fresh.state_dict()
+    assert all(torch.equal(got[key], value) for key, value in net.state_dict().items())
+
+
+def test_odd_names_in_a_file_stay_on_one_line(tmp_path):
+    path, state = tmp_path / "net.pth", parameters(lively(SwinIR(**TINY)))
+    odd = {f"a{i}\n\x1b[1m": torch.zeros(1) for i in range(20)}
+    torch.save(state | odd, path)
+    with pytest.raises(model.UserError) as refused:
+        load_weights(SwinIR(**TINY), path)
+    assert str(refused.value).isprintable() and "and 11 more" in str(refused.value)
+    torch.save({key: {"a": torch.zeros(1)} for key in odd}, path)
+    with pytest.raises(model.UserError, match=r"no 'params_ema', but .* and 11 more") as refused:
+        load(path)
+    assert str(refused.value).isprintable()
+
+
+def test_a_network_that_is_not_here_is_named(tmp_path):
+    path = saved(tmp_path / "net.pth", SwinIR(**TINY), network="cnn")
+    with pytest.raises(model.UserError, match=r"net\.pth: its network is 'cnn'; known here: swin"):
+        load(path)
+    foreign = {"network": parameters(net := lively(SwinIR(**TINY))), "arguments": "--lr 1"}
+    torch.save(foreign, path)  # here these words mean something else
+    assert same(net, path)
+
+
+def tar_of_files(path):
+    with tarfile.open(path, "w") as file:
+        for name in ("storages", "tensors", "pickle"):
+            file.addfile(tarfile.TarInfo(name), io.BytesIO())
+
+
+def zip_of_files(path):
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("net.pth", b"content")
+
+
+def program(path):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
+
+
+def with_objects(path, **options):
+    held = {"params": {"a": torch.zeros(1)}, "options": argparse.Namespace(lr=1)}
+    torch.save(held, path, **options)
+
+
+def half_a_checkpoint(path):
+    saved(path, SwinIR(**TINY))
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+MISTAKEN = {
+    "empty": (lambda path: path.write_bytes(b""), "it is empty: .* download it again"),
+    "lfs": (
+        lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a"),
+        "it is a Git LFS pointer, .*: run git lfs pull",
+    ),
+    "html": (
+        lambda path: path.write_text("\ufeff\n<!DOCTYPE html>\n<html>"),
+        "it is a web page: download",
+    ),
+    "gzip": (lambda path: path.write_bytes(gzip.compress(b"x")), "it is compressed: .*gunzip"),
+    "image": (lambda path: Image.new("L", (4, 4)).save(path, "png"), "it is an image"),
+    "tar": (tar_of_files, "it is a tar archive: .*PyTorch 0.1 .*weights_only=False"),
+    "zip": (zip_of_files, "it is a zip archive without weights: unpack it"),
+    "jit": (program, r"it is a TorchScript program: .*torch\.jit\.load .*state dict"),
+    "object": (
+        with_objects,
+        r"it holds Python objects \(argparse\.Namespace\), .*weights_only=False.*its state dict",
+    ),
+    "old": (
+        lambda path: with_objects(path, _use_new_zipfile_serialization=False),
+        r"it holds Python objects \(argparse\.Namespace\), .*weights_only=False.*its state dict",
+    ),
+    "module": (
+        lambda path: torch.save(torch.nn.Linear(2, 2), path),
+        r"it holds Python objects \(torch\.nn\.modules\.linear\.Linear",
+    ),
+    "short": (half_a_checkpoint, "it is cut short: .* download it again"),
+    "list": (lambda path: torch.save([1, 2], path), "it holds a list, not a dict of tensors"),
+    "tensor": (lambda path: torch.save(torch.zeros(2), path), "it holds a Tensor, not a dict"),
+    "none": (lambda path: None, "No such file"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated
+@pytest.mark.parametrize("kind", MISTAKEN)
+def test_what_is_taken_for_a_checkpoint_is_named_with_the_remedy(tmp_path, kind):
+    make, said = MISTAKEN[kind]
+    path = tmp_path / "net.pth"
+    make(path)
+    for use in (load, lambda path: load_weights(SwinIR(**TINY), path)):
+        with pytest.raises(model.UserError) as refused:
+            use(path)
+        message = str(refused.value)
+        assert message.startswith(f"{path}: ") and message.isprintable()
+        assert re.match(f"{re.escape(str(path))}: {said}", message), message
+
+
+def test_torch_loads_own_remedy_is_passed_on(tmp_path, monkeypatch):
+    """Here a file with distributed tensors would do; torch's sentence is what matters."""
+    path = saved(tmp_path / "net.pth", SwinIR(**TINY))
+    said = (
+        "Weights only load failed. ...\nWeightsUnpickler error: ``torch.nested`` must be imported"
+    )
+    monkeypatch.setattr(torch, "load", mock.Mock(side_effect=RuntimeError(said)))
+    with pytest.raises(model.UserError, match=r"net\.pth: ``torch\.nested`` must be imported$"):
+        load(path)
+
+
 # ---- the same through other programs: SWINIR_PATH, BASICSR_PATH name clones; spandrel if installed ----
 
 
@@ -364,6 +654,22 @@ def test_files_go_both_ways(name, upsampler, upscale, monkeypatch, tmp_path):
         x = torch.rand(1, 3, 40, 24).double()
         for a, b in ((loaded, theirs), (wide, theirs), (ours, reloaded)):
             assert (a.double()(x) - b.double()(x)).abs().max() < 1e-11
+
+
+@pytest.mark.parametrize(
+    ("window_size", "img_range", "wanted"),
+    [(7, 1.0, 255), (8, 255.0, 1), (4, 2.0, 1), (7, 255.0, None), (8, 1.0, None)],
+)
+def test_training_saves_only_the_range_that_other_programs_assume(window_size, img_range, wanted):
+    options = [f"--window_size={window_size}", f"--img_range={img_range}"]
+    options.append(f"--gt_size={4 * window_size}")
+    assert load_config([*options, "--eval_only=True"]).img_range == img_range  # nothing is saved
+    if wanted is None:
+        assert load_config(options).img_range == img_range
+        return
+    said = rf"img_range={img_range} .* must be {wanted} with window_size={window_size}: ComfyUI"
+    with pytest.raises(SystemExit, match=said):
+        load_config(options)
 
 
 # ---- restoring ----
@@ -539,9 +845,13 @@ def test_deep_tiff_is_read_or_refused(tmp_path):
             pixels = np.random.default_rng(0).integers(0, 65536, (9, 7, c), np.uint16)
             bgr = pixels[..., [2, 1, 0, 3][:c]] if c > 1 else pixels
             cv2.imwrite(str(tmp_path / "x.tif"), bgr, [cv2.IMWRITE_TIFF_COMPRESSION, compression])
+            if c == 4:  # OpenCV doesn't say that the fourth channel is alpha
+                with pytest.raises(ValueError, match=r"x\.tif can't be read .* channels"):
+                    read(tmp_path / "x.tif")
+                continue
             assert np.array_equal(read(tmp_path / "x.tif"), pixels), (compression, c)
     Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "f.tif")
-    with pytest.raises(ValueError, match=r"f\.tif can't be read .mode F"):
+    with pytest.raises(ValueError, match=r"f\.tif can't be read .*float"):
         read(tmp_path / "f.tif")
 
 
@@ -656,9 +966,10 @@ def test_onnx_is_the_network_at_any_size(tmp_path, upsampler, upscale):
     import onnxruntime
 
     net = lively(SwinIR(**TINY | {"upsampler": upsampler, "upscale": upscale}))
-    assert "of PyTorch at two sizes" in model.export_onnx(net, tmp_path / "net.onnx")
+    assert "of PyTorch at 5 sizes" in model.export_onnx(net, tmp_path / "net.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
-    for shape in ((1, 3, 8, 8), (1, 3, 5, 70), (3, 3, 41, 33)):
+    narrow = ((1, 3, 1, 1), (2, 3, 1, 17), (1, 3, 40, 1), (1, 3, 2, 1))
+    for shape in ((1, 3, 8, 8), (1, 3, 5, 70), (3, 3, 41, 33), *narrow):
         x = torch.rand(shape)
         assert abs(session.run(None, {"x": x.numpy()})[0] - net(x).detach().numpy()).max() < 1e-5
 
@@ -683,11 +994,42 @@ def test_onnx_by_command(tmp_path):
     assert len(done.stderr.splitlines()) == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("den.v1.2", "den.v1.2.onnx"),
+        ("den", "den.onnx"),
+        ("den.onnx", "den.onnx"),
+        ("den.pth", "den.onnx"),
+        ("new/den.safetensors", "new/den.onnx"),
+    ],
+)
+def test_onnx_keeps_the_whole_name(tmp_path, monkeypatch, name, written):
+    monkeypatch.setattr(model, "trace_onnx", lambda net, path: path.write_text("network"))
+    monkeypatch.setattr(model, "onnx_difference", lambda *_: 0.0)
+    done = run(saved(tmp_path / "net.pth", identity()), "--onnx", tmp_path / name)
+    assert done.returncode == 0 and done.stdout.startswith(f"{tmp_path / written}: "), done.stderr
+    assert sorted(p for p in tmp_path.rglob("*") if p.is_file()) == sorted(
+        [tmp_path / "net.pth", tmp_path / written]
+    )
+
+
+@pytest.mark.parametrize("difference", [1.0, float("nan")])
+def test_an_onnx_network_that_differs_replaces_nothing(tmp_path, monkeypatch, difference):
+    (tmp_path / "net.onnx").write_text("before")
+    monkeypatch.setattr(model, "trace_onnx", lambda net, path: path.write_text("network"))
+    monkeypatch.setattr(model, "onnx_difference", lambda *_: difference)
+    with pytest.raises(model.UserError, match=r"net\.onnx: not written, because ONNX and"):
+        model.export_onnx(identity(), tmp_path / "net.onnx")
+    assert [p.name for p in tmp_path.iterdir()] == ["net.onnx"]
+    assert (tmp_path / "net.onnx").read_text() == "before"
+
+
 def test_onnx_without_its_packages_is_said(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ImportError, match="onnxruntime"):
         model.export_onnx(identity(), tmp_path / "net.onnx")
-    assert not (tmp_path / "net.onnx").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_masked_tokens_get_no_weight_and_files_the_published_mask():
