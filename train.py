@@ -267,7 +267,8 @@ def adamw(network: nn.Module, cfg: Config) -> torch.optim.Optimizer:
 
 
 # name -> function(network, cfg). A parameter group may have an "lr_scale", by which the lr is
-# multiplied. An optimizer needs no care for steps that aren't finite: it isn't called.
+# multiplied. An optimizer needs no care for steps that aren't finite: it isn't called, except for
+# torch's own fused ones (see step_if_finite).
 OPTIMIZERS = {"adam": adam, "adamw": adamw}
 
 
@@ -338,8 +339,11 @@ def train_step(
     """One optimizer step on all micro-batches.
 
     Returns the figures to log, means over the micro-batches, and whether the step was finite; if
-    it was not, no weight has changed. All are scalars on the device: nothing waits for it.
+    it was not, no weight has changed. All are scalars on the device: nothing waits for it. A second
+    optimizer needs the same care: see step_if_finite.
     """
+    statistics = running_statistics(ddp_model)
+    before = [buffer.clone() for buffer in statistics]
     optimizer.zero_grad()
     figures = backward(ddp_model, criterion, scaler, micro_batches, precision)
     scaler.unscale_(optimizer)
@@ -348,6 +352,8 @@ def train_step(
     finite = norm.isfinite()
     step_if_finite(optimizer, scaler, finite)
     scaler.update()
+    for buffer, old in zip(statistics, before, strict=True):
+        buffer.copy_(buffer.where(finite, old))
     return figures | {"grad_norm": norm}, finite
 
 
@@ -376,6 +382,12 @@ def backward(
     return figures
 
 
+def running_statistics(network: nn.Module) -> list[Tensor]:
+    """Those of BatchNorm, which the forward pass changes. SwinIR has none."""
+    names = ("running_mean", "running_var")
+    return [buffer for name, buffer in network.named_buffers() if name.endswith(names)]
+
+
 def poison_if_not_finite(loss: Tensor) -> Tensor:
     """The loss, with gradients of nan if it is nan or infinite.
 
@@ -388,7 +400,8 @@ def poison_if_not_finite(loss: Tensor) -> Tensor:
 def step_if_finite(
     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, finite: Tensor
 ) -> None:
-    if optimizer.defaults.get("fused") and finite.device.type != "mps":
+    fused = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and optimizer.defaults["fused"]
+    if fused and finite.device.type != "mps":
         # Fused optimizers read found_inf on the device, and change nothing if it is 1. (With fp16,
         # GradScaler sets it. On mps, the fused kernels don't read it.)
         optimizer.found_inf = 1 - finite.float()
@@ -449,7 +462,10 @@ def evaluate(
 
 
 def restored_pixels(network: nn.Module, lq: Tensor, gt: np.ndarray, cfg: Config) -> np.ndarray:
-    """The network's output for `lq` (C, h, w) in the type and size of `gt`, rounded."""
+    """The network's output for `lq` (C, h, w) in the type and size of `gt`, rounded.
+
+    An option that changes it belongs into `protocol_of`, too: figures are compared by that.
+    """
     height, width = gt.shape[:2]
     x = lq[None]
     if cfg.pad_window:
@@ -606,6 +622,7 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
     start, best = state["iter"], dict(state["best"])
     set_threads(device, state.get("threads"))
     changes = check_resume(cfg, state, folder, val_sets)
+    check_plan(cfg, world * hardware.accumulate)
     sampler = sample_batches(lambda it: plan_of(it, cfg), rank, world, start, hardware.accumulate)
     notices = dataset.notices
     if cfg.pretrain_network and not start:
@@ -636,7 +653,8 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
     parts = {"optimizer": optimizer, "scaler": scaler, "meter": meter}
     if start:
         restore_parts(parts, state, log)
-    ddp_model = distribute(network, world)
+    side = cfg.gt_size // cfg.scale
+    ddp_model = distribute(network, world, torch.zeros(1, cfg.in_chans, side, side, device=device))
     not_compiled = compile_layers(network, cfg, device)
     describe_network(log, network, hardware, not_compiled)
 
@@ -1032,8 +1050,9 @@ def check(cfg: Config) -> None:
     plain = cfg.name.isprintable() and cfg.name.rstrip(".") == cfg.name != ""
     plain = plain and len(os.fsencode(cfg.name)) <= 200  # "_archived_..." comes behind it
     need(plain and Path(cfg.name).name == cfg.name, "name", "a plain name")
-    recipe = "'' for scale=1, else as in configs/*_sr.py"
-    need((cfg.upsampler == "") == (cfg.scale == 1), "upsampler", recipe)
+    if cfg.network == "swinir":
+        recipe = "'' for scale=1, else as in configs/*_sr.py"
+        need((cfg.upsampler == "") == (cfg.scale == 1), "upsampler", recipe)
     if not cfg.dataroot_lq:
         same_size = cfg.degradation in ("noise", "jpeg")
         smaller = cfg.degradation == "bicubic"
@@ -1044,8 +1063,7 @@ def check(cfg: Config) -> None:
         why = "ComfyUI and chaiNNer (spandrel) assume it, as weights don't tell"
         wanted = f"{img_range} with window_size={cfg.window_size}: {why}"
         need(cfg.img_range == img_range, "img_range", wanted)
-    unit = cfg.scale * cfg.window_size
-    need(cfg.gt_size % unit == 0, "gt_size", f"N x {unit} (scale x window_size)")
+    check_plan(cfg)
     tables = {"network": NETWORKS, "optimizer": OPTIMIZERS, "scheduler": SCHEDULES}
     for name, table in tables.items():
         need(getattr(cfg, name) in table, name, " or ".join(table))
@@ -1053,6 +1071,23 @@ def check(cfg: Config) -> None:
         need(measure in MEASURES, "measures", f"names of {', '.join(MEASURES)}")
     for weight in parse_loss(cfg.loss).values():
         need(math.isfinite(weight), "loss", "a sum of terms with finite weights")
+
+
+def check_plan(cfg: Config, shares: int = 1) -> None:
+    """Raises UserError for a batch or patch size, of any iteration, that can't work.
+
+    `shares`: ranks x micro-batches.
+    """
+    unit = cfg.scale
+    words = "scale"
+    if cfg.network == "swinir":
+        unit *= cfg.window_size
+        words = "scale x window_size"
+    for batch_size, gt_size in {plan_of(it, cfg) for it in range(1, cfg.total_iters + 1)}:
+        if gt_size % unit:
+            raise UserError(f"gt_size={gt_size} can't work: it must be N x {unit} ({words})")
+        if batch_size % shares:
+            raise UserError(f"{batch_size=} is no multiple of ranks x accumulate, {shares}")
 
 
 def check_resume(
@@ -1215,7 +1250,8 @@ def wait_for_all(world: int) -> None:
         dist.barrier()
 
 
-def distribute(network: nn.Module, world: int) -> nn.Module:
+def distribute(network: nn.Module, world: int, example: Tensor) -> nn.Module:
+    """For several ranks, the network in DDP. `example`: an input of it."""
     if world == 1:
         return network
     ddp_model = nn.parallel.DistributedDataParallel(network)
@@ -1225,9 +1261,7 @@ def distribute(network: nn.Module, world: int) -> nn.Module:
     # The first backward makes DDP rearrange its buckets, which changes how sums round. It is made
     # here, so that a restart sums as the run did that it continues.
     network.eval()
-    device = next(network.parameters()).device
-    side = network.multiple
-    ddp_model(torch.zeros(1, network.in_chans, side, side, device=device)).sum().backward()
+    ddp_model(example).sum().backward()
     network.train()
     return ddp_model
 

@@ -125,7 +125,7 @@ USED = {  # a word of each diff: options that use it
     "nn.SiLU": [],
     "class Lion": ["--optimizer=lion"],
     "def linear": ["--scheduler=linear"],
-    "4 * cfg.batch_size": [],
+    "4 * cfg.batch_size": ["--milestones=2"],
     "add_histogram": ["--use_tb_logger=True"],
 }
 

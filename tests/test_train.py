@@ -1096,3 +1096,43 @@ def test_a_mistake_in_a_config_names_its_line(tmp_path):
     path.write_text("lr = lambda cfg: cfg.batchsize / 8\n")
     with pytest.raises(SystemExit, match=r"lr: its rule fails: .*no option batchsize"):
         load_config([str(path)])
+
+
+def test_a_batch_that_is_not_finite_leaves_running_statistics_alone():
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 3, 3, padding=1), torch.nn.BatchNorm2d(3))
+    optimizer = torch.optim.Adam(network.parameters(), 1e-2, fused=True)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    criterion = trainer.WeightedLoss("l1")
+    x = torch.rand(2, 3, 8, 8)
+    step = (network, criterion, optimizer, scaler)
+    _, finite = trainer.train_step(*step, [[x, x]], Config(), "none")
+    assert finite and network[1].running_mean.any()
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    del before["1.num_batches_tracked"]
+    _, finite = trainer.train_step(*step, [[x * math.nan, x]], Config(), "none")
+    assert not finite
+    after = network.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+def test_an_optimizer_of_ones_own_is_not_called_for_a_step_that_is_not_finite():
+    """Whatever its options say: `fused` protects torch's own only."""
+
+    class Own(torch.optim.SGD):
+        def step(self, closure=None):
+            raise AssertionError
+
+    parameter = torch.nn.Parameter(torch.ones(1))
+    optimizer = Own([parameter], 1e-3, fused=True)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    trainer.step_if_finite(optimizer, scaler, torch.tensor(False))
+
+
+def test_stages_of_a_plan_are_checked_before_the_start(tmp_path, monkeypatch):
+    plan = {1: (4, 16), 2: (6, 16), 3: (4, 20)}
+    monkeypatch.setattr(trainer, "plan_of", lambda it, cfg: plan[min(it, 3)])
+    with pytest.raises(SystemExit, match="gt_size=20 can't work: it must be N x 8"):
+        load_config(["--total_iters=9"])
+    cfg = load_config(["--total_iters=2"])
+    with pytest.raises(ValueError, match="batch_size=6 is no multiple of ranks x accumulate, 4"):
+        trainer.check_plan(cfg, 4)
