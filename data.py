@@ -127,10 +127,14 @@ def read_header(path: str | Path) -> Header:
             width, height = height, width
         shape = (height, width, 1 if "gray" in layout else 3)
         depth = 2 if "16-bit" in layout else 1
-        frames = 1
-        with contextlib.suppress(Exception):  # of damaged pages that aren't read
-            frames = getattr(image, "n_frames", 1)
-        return Header(shape, depth, image.has_transparency_data, frames)
+        return Header(shape, depth, image.has_transparency_data, count_frames(image))
+
+
+def count_frames(image: Image.Image) -> int:
+    try:
+        return getattr(image, "n_frames", 1)
+    except Exception:  # of damaged pages, which aren't read
+        return 1
 
 
 def read_metadata(path: str | Path) -> tuple[dict[str, bytes], str]:
@@ -142,6 +146,9 @@ def read_metadata(path: str | Path) -> tuple[dict[str, bytes], str]:
     dropped = []
     with opened(path) as image:
         gray = "gray" in layout_of(image)
+        frames = count_frames(image)
+        if frames > 1:
+            dropped.append(f"all but the first of {frames} pages or frames")
         profile = image.info.get("icc_profile")
         if profile:
             space = profile[16:20]  # of an ICC profile's header
@@ -162,9 +169,10 @@ def upright_exif(image: Image.Image) -> Image.Exif:
     """Without what no longer holds for the upright and perhaps enlarged image."""
     exif = image.getexif()
     exif.pop(ORIENTATION, None)
-    details = exif.get_ifd(ExifTags.IFD.Exif)
-    details.pop(ExifTags.Base.ExifImageWidth, None)
-    details.pop(ExifTags.Base.ExifImageHeight, None)
+    if ExifTags.IFD.Exif in exif:
+        details = exif.get_ifd(ExifTags.IFD.Exif)
+        details.pop(ExifTags.Base.ExifImageWidth, None)
+        details.pop(ExifTags.Base.ExifImageHeight, None)
     exif.get_ifd(ExifTags.IFD.IFD1).clear()  # a thumbnail
     return exif
 
@@ -208,16 +216,16 @@ def check_tiff(image: Image.Image) -> int:
     colours = tags.get(262)  # 0: gray, white is 0; 1: gray; 2: RGB; 3: palette; 5: CMYK; 6: YCbCr
     channels = TIFF_CHANNELS.get(colours, 0)
     planes = tags.get(284, 1)  # 2: one for each channel
-    extra = tags.get(338, ())  # 2: alpha that isn't multiplied
+    count = tags.get(277, 1)
+    # 2: alpha that isn't multiplied. OpenCV writes alpha without saying so.
+    extra = tags.get(338, (2,) if count == channels + 1 else ())
     kinds = set(tags.get(339, (1,)))  # 1: unsigned integers
     unknown = {
         "colours other than gray, RGB, a palette or CMYK": channels == 0,
         "YCbCr without JPEG compression": colours == 6 and compression != 7,
         "signed or floating-point values": kinds != {1},
         "premultiplied alpha, or channels of unknown meaning": extra not in ((), (2,)),
-        "another number of channels than its colours have": (
-            tags.get(277, 1) != channels + len(extra)
-        ),
+        "another number of channels than its colours have": count != channels + len(extra),
         "16 bits with white as 0": bits == 16 and colours == 0,
         "channels in separate planes": planes != 1 and (bits == 16 or channels == 1),
     }

@@ -1284,6 +1284,7 @@ def main() -> int | str | None:
         torch.set_num_threads(min(free_cores(), torch.get_num_threads()))
     check_device(args.device)
     net = load(args.net, args.param_key, args.device)
+    data_module().print_anything()
     jobs = list_jobs(args.input, args.output)
     failed = restore_files(net, jobs, args)
     if failed:
@@ -1321,13 +1322,16 @@ def list_jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
         raise UserError(f"{source} is not there")
     data = data_module()
     if source.is_dir():
-        names = [path.relative_to(source) for path in data.list_images(source)]
+        others = Counter()
+        names = [path.relative_to(source) for path in data.list_images(source, others)]
+        if others:
+            print(f"{source}{data.name_others(others)}", file=sys.stderr)
         alike = data.differ_in_suffix_only(names)
         jobs = []
         for name in names:
             output = name.with_suffix(".png")
             if name in alike:
-                output = name.with_name(name.name + ".png")
+                output = name.with_name(data.fit_name(name.name + ".png"))
             jobs.append((source / name, target / output))
     elif target.suffix.lower() == ".png":
         jobs = [(source, target)]

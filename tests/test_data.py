@@ -1398,3 +1398,10 @@ def test_a_damaged_image_and_its_partner_are_left_out_together(tmp_path):
     names = {p.gt.names[p.gt_index] for p in dataset.pairs}
     assert not names & {"003.png", "005.png"}
     assert all(p.gt.names[p.gt_index] == p.lq.names[p.lq_index] for p in dataset.pairs)
+
+
+def test_further_frames_are_said_to_be_dropped(tmp_path):
+    images = [Image.fromarray(photo(16, 16, seed=k)) for k in range(3)]
+    images[0].save(tmp_path / "x.tif", save_all=True, append_images=images[1:])
+    _, dropped = data.read_metadata(tmp_path / "x.tif")
+    assert dropped.endswith("x.tif: dropped: all but the first of 3 pages or frames")
