@@ -27,6 +27,7 @@ import secrets
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -208,11 +209,12 @@ def difference(pred: Tensor, target: Tensor) -> Tensor:
 # name -> function(pred, target) -> scalar. `--loss=l1+0.1*mse` is a weighted sum of such terms.
 LOSSES = {"l1": l1, "mse": mse, "charbonnier": charbonnier}
 VGG_TERMS = ("perceptual", "style")  # terms that PerceptualLoss computes
+GAN_TERM = "gan"  # computed by a discriminator, which train.py trains
 
 
 def parse_loss(text: str) -> dict[str, float]:
     """{term: weight} of a text such as "charbonnier+0.1*perceptual". Raises UserError."""
-    known = [*LOSSES, *VGG_TERMS]
+    known = [*LOSSES, *VGG_TERMS, GAN_TERM]
     weights = {}
     for term in text.replace(" ", "").split("+"):
         factor, star, name = term.rpartition("*")
@@ -233,12 +235,20 @@ def parse_loss(text: str) -> dict[str, float]:
 class WeightedLoss(nn.Module):
     """The weighted sum of losses that `--loss` names. Returns each weighted term by its name.
 
-    vgg_options: Arguments of PerceptualLoss, for the terms "perceptual" and "style".
+    Args:
+        generator_loss: A function of pred, for the term "gan".
+        vgg_options: Arguments of PerceptualLoss, for the terms "perceptual" and "style".
     """
 
-    def __init__(self, text: str, **vgg_options: Any) -> None:
+    def __init__(
+        self,
+        text: str,
+        generator_loss: Callable[[Tensor], Tensor] | None = None,
+        **vgg_options: Any,
+    ) -> None:
         super().__init__()
         self.weights = parse_loss(text)
+        self.generator_loss = generator_loss
         self.vgg = None
         if any(name in VGG_TERMS for name in self.weights):
             perceptual = self.weights.get("perceptual", 0.0)
@@ -252,6 +262,8 @@ class WeightedLoss(nn.Module):
         for name, weight in self.weights.items():
             if name in LOSSES:
                 terms[name] = weight * LOSSES[name](pred, target)
+        if GAN_TERM in self.weights:
+            terms[GAN_TERM] = self.weights[GAN_TERM] * self.generator_loss(pred)
         if self.vgg is not None:
             perceptual, style = self.vgg(pred, target)
             if "perceptual" in self.weights:
@@ -259,6 +271,37 @@ class WeightedLoss(nn.Module):
             if "style" in self.weights:
                 terms["style"] = style
         return terms
+
+
+# Losses of GANs: functions of a discriminator's scores, and whether these should say "real".
+
+
+def vanilla(scores: Tensor, real: bool) -> Tensor:
+    """The cross-entropy of the scores as logits (Goodfellow et al. 2014)."""
+    return F.softplus(-scores if real else scores).mean()
+
+
+def least_squares(scores: Tensor, real: bool) -> Tensor:
+    """LSGAN (Mao et al. 2017): 1 is real, 0 is not."""
+    return (scores - float(real)).square().mean()
+
+
+def hinge(scores: Tensor, real: bool) -> Tensor:
+    """Scores above 1 are real, those below -1 are not (Lim and Ye 2017)."""
+    return F.relu(1 - scores if real else 1 + scores).mean()
+
+
+def minus_mean(scores: Tensor, real: bool) -> Tensor:
+    """What the generator minimises against a hinge."""
+    return -scores.mean()
+
+
+# --gan_type: (loss of the discriminator, loss of the generator)
+GAN_LOSSES = {
+    "vanilla": (vanilla, vanilla),
+    "lsgan": (least_squares, least_squares),
+    "hinge": (hinge, minus_mean),
+}
 
 
 def vgg19_layers() -> list[str]:

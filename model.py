@@ -32,6 +32,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import spectral_norm
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -625,6 +626,49 @@ def keep_own_buffers(net: nn.Module, state_dict: dict[str, Tensor], prefix: str,
 # train.py passes those of its options NETWORK_OPTIONS that the constructor takes, its scale as
 # `upscale`, and the side of the input patch as `img_size`.
 NETWORKS = {"swinir": SwinIR}
+
+
+class UNetDiscriminator(nn.Module):
+    """For GANs: how real each pixel looks. A U-Net with spectral normalisation, after Real-ESRGAN,
+    whose files and KAIR's have the same keys.
+
+    `forward` takes (B, in_chans, H, W), H and W multiples of 8, and returns scores (B, 1, H, W).
+    """
+
+    def __init__(self, in_chans: int = 3, features: int = 64) -> None:
+        super().__init__()
+        self.arguments = {"in_chans": in_chans, "features": features}
+        c = features
+        self.conv0 = conv3x3(in_chans, c)
+        self.conv1 = spectral_norm(nn.Conv2d(c, 2 * c, 4, 2, 1, bias=False))  # H / 2
+        self.conv2 = spectral_norm(nn.Conv2d(2 * c, 4 * c, 4, 2, 1, bias=False))  # H / 4
+        self.conv3 = spectral_norm(nn.Conv2d(4 * c, 8 * c, 4, 2, 1, bias=False))  # H / 8
+        self.conv4 = spectral_norm(nn.Conv2d(8 * c, 4 * c, 3, 1, 1, bias=False))
+        self.conv5 = spectral_norm(nn.Conv2d(4 * c, 2 * c, 3, 1, 1, bias=False))
+        self.conv6 = spectral_norm(nn.Conv2d(2 * c, c, 3, 1, 1, bias=False))
+        self.conv7 = spectral_norm(nn.Conv2d(c, c, 3, 1, 1, bias=False))
+        self.conv8 = spectral_norm(nn.Conv2d(c, c, 3, 1, 1, bias=False))
+        self.conv9 = conv3x3(c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x0 = F.leaky_relu(self.conv0(x), 0.2)  # (B, C, H, W)
+        x1 = F.leaky_relu(self.conv1(x0), 0.2)  # (B, 2 * C, H / 2, W / 2)
+        x2 = F.leaky_relu(self.conv2(x1), 0.2)  # (B, 4 * C, H / 4, W / 4)
+        x3 = F.leaky_relu(self.conv3(x2), 0.2)  # (B, 8 * C, H / 8, W / 8)
+        x = F.leaky_relu(self.conv4(twice_as_large(x3)), 0.2) + x2
+        x = F.leaky_relu(self.conv5(twice_as_large(x)), 0.2) + x1
+        x = F.leaky_relu(self.conv6(twice_as_large(x)), 0.2) + x0
+        x = F.leaky_relu(self.conv7(x), 0.2)
+        x = F.leaky_relu(self.conv8(x), 0.2)
+        return self.conv9(x)
+
+
+def twice_as_large(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2, mode="bilinear")
+
+
+# name -> class(in_chans, features), with the scores of images, of any shape, from `forward`
+DISCRIMINATORS = {"unet": UNetDiscriminator}
 
 
 # Checkpoints

@@ -64,6 +64,8 @@ from data import (
     validation_options,
 )
 from metrics import (
+    GAN_LOSSES,
+    GAN_TERM,
     MEASURES,
     Log,
     Meter,
@@ -75,7 +77,7 @@ from metrics import (
     strip,
     sum_over_ranks,
 )
-from model import NETWORKS, free_cores, load_weights, portable, restore
+from model import DISCRIMINATORS, NETWORKS, free_cores, load_weights, portable, restore
 
 
 @dataclass
@@ -143,6 +145,12 @@ class Config:
     vgg_input_norm: bool = True  # standardise images as ImageNet's
     # torchvision's vgg19-dcbb9e9d.pth; None: BasicSR's place, or download
     vgg_path: str | None = None
+    # With a term gan in the loss, as l1+perceptual+0.1*gan:
+    discriminator: str = "unet"  # see DISCRIMINATORS in model.py
+    discriminator_features: int = 64  # channels of its first layer
+    pretrain_discriminator: str | None = None  # weights to start from, as Real-ESRGAN's or KAIR's
+    gan_type: Literal["vanilla", "lsgan", "hinge"] = "vanilla"
+    lr_d: float | None = None  # lr of the discriminator, on the same schedule; None: lr
     scheduler: str = "multistep"  # multistep, cosine: see SCHEDULES
     milestones: tuple[int, ...] = (800_000, 1_200_000, 1_400_000, 1_500_000)  # of multistep
     gamma: float = 0.5  # multistep: by which the lr is multiplied after each milestone
@@ -187,6 +195,7 @@ NETWORK_OPTIONS = (
 FIXED_ON_RESUME = (
     *("network", "scale", *(name for name in NETWORK_OPTIONS if name != "use_checkpoint")),
     *("seed", "batch_size", "optimizer", "degradation", "pretrain_network"),
+    *("discriminator", "discriminator_features", "pretrain_discriminator"),
 )
 # Bounds of numbers, inclusive; of tuples, of each entry. Other numbers only have to be finite.
 BOUNDS = {
@@ -212,6 +221,8 @@ BOUNDS = {
     "lr": (0, None),
     "betas": (0, 0.9999999),
     "weight_decay": (0, None),
+    "discriminator_features": (1, None),
+    "lr_d": (0, None),
     "milestones": (0, None),
     "gamma": (0, None),
     "warmup_iters": (0, None),
@@ -291,9 +302,12 @@ def build_average(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, memo=shared).requires_grad_(False)
 
 
-def build_loss(cfg: Config, device: torch.device) -> WeightedLoss:
+def build_loss(
+    cfg: Config, device: torch.device, adversary: "Adversary | None" = None
+) -> WeightedLoss:
     loss = WeightedLoss(
         cfg.loss,
+        adversary.generator_loss if adversary else None,
         layer_weights=cfg.vgg_layers,
         criterion=cfg.vgg_criterion,
         use_input_norm=cfg.vgg_input_norm,
@@ -339,21 +353,13 @@ def train_step(
     """One optimizer step on all micro-batches.
 
     Returns the figures to log, means over the micro-batches, and whether the step was finite; if
-    it was not, no weight has changed. All are scalars on the device: nothing waits for it. A second
-    optimizer needs the same care: see step_if_finite.
+    it was not, no weight has changed. All are scalars on the device: nothing waits for it.
     """
-    statistics = running_statistics(ddp_model)
-    before = [buffer.clone() for buffer in statistics]
+    statistics = copy_statistics(ddp_model)
     optimizer.zero_grad()
     figures = backward(ddp_model, criterion, scaler, micro_batches, precision)
-    scaler.unscale_(optimizer)
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(params, cfg.grad_clip or math.inf)
-    finite = norm.isfinite()
-    step_if_finite(optimizer, scaler, finite)
-    scaler.update()
-    for buffer, old in zip(statistics, before, strict=True):
-        buffer.copy_(buffer.where(finite, old))
+    norm, finite = apply_gradients(optimizer, scaler, cfg.grad_clip)
+    restore_statistics(statistics, finite)
     return figures | {"grad_norm": norm}, finite
 
 
@@ -382,10 +388,34 @@ def backward(
     return figures
 
 
-def running_statistics(network: nn.Module) -> list[Tensor]:
-    """Those of BatchNorm, which the forward pass changes. SwinIR has none."""
-    names = ("running_mean", "running_var")
-    return [buffer for name, buffer in network.named_buffers() if name.endswith(names)]
+def apply_gradients(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, grad_clip: float | None
+) -> tuple[Tensor, Tensor]:
+    """Clips the gradients and makes a step, unless they aren't finite: then nothing changes.
+
+    Returns their norm before, and whether it was finite. Each optimizer has a scaler of its own.
+    """
+    scaler.unscale_(optimizer)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
+    finite = norm.isfinite()
+    step_if_finite(optimizer, scaler, finite)
+    scaler.update()
+    return norm, finite
+
+
+def copy_statistics(network: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """The buffers of BatchNorm and of spectral normalisation, which the forward pass changes, with
+    copies of them. SwinIR has none."""
+    names = ("running_mean", "running_var", "weight_u", "weight_v")
+    buffers = [buffer for name, buffer in network.named_buffers() if name.endswith(names)]
+    return [(buffer, buffer.clone()) for buffer in buffers]
+
+
+def restore_statistics(statistics: list[tuple[Tensor, Tensor]], finite: Tensor) -> None:
+    """Takes the copies, if the step wasn't finite."""
+    for buffer, before in statistics:
+        buffer.copy_(buffer.where(finite, before))
 
 
 def poison_if_not_finite(loss: Tensor) -> Tensor:
@@ -408,6 +438,72 @@ def step_if_finite(
         scaler.step(optimizer)
     elif finite:  # waits for the device
         scaler.step(optimizer)
+
+
+class Adversary:
+    """The discriminator of a GAN, with its own optimizer.
+
+    In each iteration, `generator_loss` scores the network's outputs and keeps them. `step` then
+    trains the discriminator to tell them from real images.
+    """
+
+    def __init__(self, cfg: Config, hardware: "Hardware") -> None:
+        self.cfg = cfg
+        self.precision = hardware.precision
+        device = hardware.device
+        network = DISCRIMINATORS[cfg.discriminator](cfg.in_chans, cfg.discriminator_features)
+        self.notice = ""
+        if cfg.pretrain_discriminator:
+            self.notice = load_weights(network, cfg.pretrain_discriminator, "params")
+        self.network = network.to(device, memory_format=torch.channels_last)
+        with torch.no_grad():  # the spectral normalisation starts from random vectors
+            for _ in range(10):
+                network(torch.zeros(1, cfg.in_chans, 8, 8, device=device))
+        self.optimizer = OPTIMIZERS[cfg.optimizer](network, cfg)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=hardware.precision == "fp16")
+        example = torch.zeros(1, cfg.in_chans, cfg.gt_size, cfg.gt_size, device=device)
+        self.ddp_model = distribute(network, hardware.world, example)
+        self.discriminator_loss, self.loss_for_generator = GAN_LOSSES[cfg.gan_type]
+        self.fakes: list[Tensor] = []  # the outputs of each micro-batch
+
+    def parts(self) -> dict[str, Any]:
+        """What checkpoints hold."""
+        return {
+            "discriminator": self.network,
+            "optimizer_d": self.optimizer,
+            "scaler_d": self.scaler,
+        }
+
+    def generator_loss(self, fake: Tensor) -> Tensor:
+        self.fakes.append(fake.detach())
+        self.network.requires_grad_(False)
+        self.network.eval()  # no iteration of the spectral normalisation
+        return self.loss_for_generator(self.network(fake).float(), real=True)
+
+    def step(self, reals: list[Tensor], lr: float) -> dict[str, Tensor]:
+        """One optimizer step, and its figures: the loss, and the mean scores of real and fake."""
+        self.network.requires_grad_(True)
+        self.network.train()
+        statistics = copy_statistics(self.network)
+        self.optimizer.zero_grad()
+        set_lr(self.optimizer, lr)
+        count = len(reals)
+        sums = torch.zeros(3, device=reals[0].device)
+        for i, (real, fake) in enumerate(zip(reals, self.fakes, strict=True)):
+            self.ddp_model.require_backward_grad_sync = i == count - 1
+            with autocast(real.device, self.precision):
+                scores = self.ddp_model(torch.cat([real, fake]))
+            scores_of_real, scores_of_fake = scores.float().chunk(2)
+            loss = self.discriminator_loss(scores_of_real, real=True)
+            loss = loss + self.discriminator_loss(scores_of_fake, real=False)
+            self.scaler.scale(poison_if_not_finite(loss / count)).backward()
+            figures = torch.stack([loss, scores_of_real.mean(), scores_of_fake.mean()])
+            sums += figures.detach() / count
+        self.fakes.clear()
+        _, finite = apply_gradients(self.optimizer, self.scaler, self.cfg.grad_clip)
+        restore_statistics(statistics, finite)
+        names = ("d_loss", "d_real", "d_fake")
+        return dict(zip(names, sums, strict=True)) | {"d_skipped": 1 - finite.float()}
 
 
 @torch.no_grad()
@@ -633,7 +729,11 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
     if start:
         average.load_state_dict(weights["params_ema"])
         network.load_state_dict(weights["params"])  # second: `average` may be the network itself
-    criterion = build_loss(cfg, device)
+    adversary = None
+    if GAN_TERM in parse_loss(cfg.loss) and not cfg.eval_only:
+        adversary = Adversary(cfg, hardware)
+        notices = [*notices, adversary.notice] if adversary.notice else notices
+    criterion = None if cfg.eval_only else build_loss(cfg, device, adversary)
 
     # Folder and log: from here on, files are written
     wait_for_all(world)
@@ -651,6 +751,8 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
     scaler = torch.amp.GradScaler(device.type, enabled=hardware.precision == "fp16")
     meter = Meter(device, rank, world)
     parts = {"optimizer": optimizer, "scaler": scaler, "meter": meter}
+    if adversary:
+        parts |= adversary.parts()
     if start:
         restore_parts(parts, state, log)
     side = cfg.gt_size // cfg.scale
@@ -702,6 +804,9 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
             figures, finite = train_step(
                 ddp_model, criterion, optimizer, scaler, micro_batches, cfg, hardware.precision
             )
+            if adversary:
+                lr_d = lr if cfg.lr_d is None else cfg.lr_d * lr / cfg.lr
+                figures |= adversary.step([gt for _, gt in micro_batches], lr_d)
             if cfg.ema_decay:
                 update_average(average, network, it, cfg.ema_decay)
             meter.add(figures, finite)
@@ -800,14 +905,17 @@ def log_step(
     speed = clock.images / seconds
     left = tqdm.format_interval(seconds / steps * (cfg.total_iters - it))
     text = f"iter {it:,}/{cfg.total_iters:,}: loss {means['loss']:.4e}, lr {lr:.2e}"
+    elsewhere = ("loss", "grad_norm", "skipped", "skipped_in_a_row", "damaged", "d_skipped")
     for name, value in means.items():  # the terms of the loss, and what else a step returns
-        if name not in ("loss", "grad_norm", "skipped", "skipped_in_a_row", "damaged"):
+        if name not in elsewhere:
             text += f", {name} {value:.4e}"
     text += f", {speed:.1f} img/s, {left} left, {waiting:.0%} waiting for data"
     if "damaged" in means:
         text += f", {means['damaged']:.0f} damaged image(s)"
     if means["skipped"]:
         text += f", {means['skipped']:.0f} skipped"
+    if means.get("d_skipped"):
+        text += f", {means['d_skipped']:.0%} of the discriminator's steps skipped"
     if waiting > 0.25 and clock.intervals > 1:
         text += " (try data.py pack or --num_workers)"
     values = {name: value for name, value in means.items() if name != "skipped_in_a_row"}
@@ -1065,12 +1173,16 @@ def check(cfg: Config) -> None:
         need(cfg.img_range == img_range, "img_range", wanted)
     check_plan(cfg)
     tables = {"network": NETWORKS, "optimizer": OPTIMIZERS, "scheduler": SCHEDULES}
+    tables["discriminator"] = DISCRIMINATORS
     for name, table in tables.items():
         need(getattr(cfg, name) in table, name, " or ".join(table))
     for measure in cfg.measures or ():
         need(measure in MEASURES, "measures", f"names of {', '.join(MEASURES)}")
-    for weight in parse_loss(cfg.loss).values():
+    terms = parse_loss(cfg.loss)
+    for weight in terms.values():
         need(math.isfinite(weight), "loss", "a sum of terms with finite weights")
+    if GAN_TERM in terms and cfg.discriminator == "unet":
+        need(cfg.gt_size % 8 == 0, "gt_size", "a multiple of 8 for the discriminator")
 
 
 def check_plan(cfg: Config, shares: int = 1) -> None:
@@ -1378,6 +1490,8 @@ def load_checked(path: Path) -> dict[str, Any]:
 
 
 def restore_parts(parts: dict[str, Any], state: dict[str, Any], log: Log) -> None:
+    if "discriminator" in state and "discriminator" not in parts:
+        log("note: the checkpoint's discriminator isn't used, nor saved again: the loss has no gan")
     for name, part in parts.items():
         if name not in state:
             log(f"note: the checkpoint has no {name}: it starts from the beginning")

@@ -682,3 +682,18 @@ def test_the_meter_leaves_out_what_is_not_finite_and_goes_on_after_a_restart() -
     meter.reset()
     meter.add({"loss": torch.tensor(math.nan), "grad_norm": torch.tensor(1.0)}, torch.tensor(False))
     assert math.isnan(meter.means()["loss"]) and meter.skipped_in_a_row() == 1
+
+
+def test_gan_losses_by_hand() -> None:
+    scores = torch.tensor([-2.0, 0.5])
+    log2 = torch.tensor([2.0, -0.5]).exp().add(1).log().mean()  # -log(sigmoid(scores))
+    want = {
+        "vanilla": (log2, (torch.tensor([-2.0, 0.5]).exp() + 1).log().mean(), log2),
+        "lsgan": ((9 + 0.25) / 2, (4 + 0.25) / 2, (9 + 0.25) / 2),
+        "hinge": ((3 + 0.5) / 2, (0 + 1.5) / 2, 0.75),
+    }
+    for name, (discriminator, generator) in metrics.GAN_LOSSES.items():
+        real, fake, generated = want[name]
+        assert discriminator(scores, real=True) == pytest.approx(float(real), rel=1e-6)
+        assert discriminator(scores, real=False) == pytest.approx(float(fake), rel=1e-6)
+        assert generator(scores, real=True) == pytest.approx(float(generated), rel=1e-6)

@@ -17,6 +17,7 @@ import types
 import zipfile
 import zlib
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
@@ -1135,3 +1136,26 @@ def test_restored_files_keep_profile_and_exif_and_what_is_left_out_is_said(tmp_p
     with Image.open(tmp_path / "out" / "x.png") as restored:
         assert restored.size == (16, 24) and restored.info["icc_profile"] == icc
         assert dict(restored.getexif()) == {0x0110: "Camera"}
+
+
+def test_the_discriminator_has_the_published_keys_and_normalises():
+    net = model.UNetDiscriminator(3, 8)
+    shapes = {key: tuple(value.shape) for key, value in net.state_dict().items()}
+    want = {"conv0.weight": (8, 3, 3, 3), "conv0.bias": (8,)}
+    widths = [8, 16, 32, 64, 32, 16, 8, 8, 8]
+    for i, (before, after) in enumerate(pairwise(widths), 1):
+        side = 4 if i <= 3 else 3
+        want[f"conv{i}.weight_orig"] = (after, before, side, side)
+        want[f"conv{i}.weight_u"] = (after,)
+        want[f"conv{i}.weight_v"] = (before * side * side,)
+    want |= {"conv9.weight": (1, 8, 3, 3), "conv9.bias": (1,)}
+    assert shapes == want
+    x = torch.rand(2, 3, 24, 16)
+    with torch.no_grad():
+        for _ in range(100):
+            y = net.train()(x)
+        assert y.shape == (2, 1, 24, 16)
+        weight = net.conv3.weight.flatten(1)
+        assert torch.linalg.matrix_norm(weight, 2).item() == pytest.approx(1, abs=1e-3)
+        u = net.conv3.weight_u.clone()
+        assert torch.allclose(net.eval()(x), y, atol=1e-4) and torch.equal(net.conv3.weight_u, u)

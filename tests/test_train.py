@@ -1136,3 +1136,103 @@ def test_stages_of_a_plan_are_checked_before_the_start(tmp_path, monkeypatch):
     cfg = load_config(["--total_iters=2"])
     with pytest.raises(ValueError, match="batch_size=6 is no multiple of ranks x accumulate, 4"):
         trainer.check_plan(cfg, 4)
+
+
+# ---- GANs ----
+
+GAN = [
+    "--loss=l1+0.1*gan",
+    "--discriminator_features=4",
+    "--total_iters=40",
+    "--print_freq=10",
+    "--save_checkpoint_freq=5",
+    "--keep_last=0",
+]
+
+
+def gan_weights(cwd, name, it=40):
+    file = network(cwd, it, name)
+    path = cwd / "experiments" / name / "training_states" / f"{it}.state"
+    state = torch.load(path, weights_only=True)
+    tensors = {f"{kind} {k}": v for kind in ("params", "params_ema") for k, v in file[kind].items()}
+    tensors |= {f"discriminator {k}": v for k, v in state["discriminator"].items()}
+    for optimizer in ("optimizer", "optimizer_d"):
+        for i, values in state[optimizer]["state"].items():
+            tensors |= {f"{optimizer} {i} {k}": v for k, v in values.items()}
+    return tensors
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_gan_continues_exactly(tmp_path, num_workers):
+    photos(tmp_path / "gt")
+    options = [*GAN, "--dataroot_gt=gt", f"--num_workers={num_workers}"]
+    code, text = train(tmp_path, *options, "--name=straight")
+    assert code == 0, text
+    for stop in (5, 15, 30):  # the newest files are gone, as after a kill
+        code, text = train(tmp_path, *options, "--name=restarted", f"--total_iters={stop}")
+        assert code == 0, text
+    code, text = train(tmp_path, *options, "--name=restarted")
+    assert code == 0 and "continuing after iteration 30" in text, text
+    a, b = gan_weights(tmp_path, "straight"), gan_weights(tmp_path, "restarted")
+    assert any("weight_u" in key for key in a) and any("optimizer_d" in key for key in a)
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    last = events(tmp_path, name="straight")[-1]
+    assert last == events(tmp_path, name="restarted")[-1] | {
+        key: last[key] for key in ("time", "data_time", "img_per_s")
+    }
+    assert last["loss"] == pytest.approx(last["l1"] + last["gan"], rel=1e-5)
+    assert last["d_skipped"] == 0 and all(f"d_{k}" in last for k in ("loss", "real", "fake"))
+
+    code, text = train(tmp_path, *options, "--name=restarted", "--loss=l1", "--total_iters=42")
+    assert code == 0 and "the checkpoint's discriminator isn't used, nor saved again" in text
+
+
+def test_a_gan_on_two_ranks_is_that_of_one(tmp_path):
+    options = [*GAN, "--total_iters=10", "--amp=none"]
+    for name, ranks in (("one", 1), ("two", 2)):
+        code, text = train(tmp_path, *options, f"--name={name}", ranks=ranks)
+        assert code == 0, text
+    a, b = gan_weights(tmp_path, "one", 10), gan_weights(tmp_path, "two", 10)
+    for key in a:
+        if "optimizer" not in key:
+            assert (a[key].float() - b[key].float()).abs().max() < 1e-5, key
+
+
+@pytest.mark.parametrize("kind", ["vanilla", "lsgan", "hinge"])
+def test_a_discriminator_learns_and_its_bad_steps_change_nothing(kind):
+    cfg = Config(loss="l1+0.1*gan", gan_type=kind, discriminator_features=4, gt_size=16, lr=1e-3)
+    hardware = trainer.Hardware(0, 1, torch.device("cpu"), "none", 1, False)
+    torch.manual_seed(0)
+    adversary = trainer.Adversary(cfg, hardware)
+    real, fake = torch.rand(2, 3, 16, 16), torch.full((2, 3, 16, 16), 0.5)
+    losses = []
+    for _ in range(20):
+        adversary.generator_loss(fake)
+        losses.append(adversary.step([real], 1e-3)["d_loss"].item())
+    assert losses[-1] < losses[0]
+
+    def everything():
+        state = adversary.network.state_dict() | {
+            f"{i} {key}": value
+            for i, values in adversary.optimizer.state_dict()["state"].items()
+            for key, value in values.items()
+        }
+        return {key: value.clone() for key, value in state.items()}
+
+    before = everything()
+    adversary.generator_loss(fake * math.nan)
+    figures = adversary.step([real], 1e-3)
+    assert figures["d_skipped"] == 1 and not figures["d_loss"].isfinite()
+    after = everything()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_the_discriminator_gives_gradients_to_the_network_alone():
+    cfg = Config(loss="gan", discriminator_features=4, gt_size=16)
+    adversary = trainer.Adversary(
+        cfg, trainer.Hardware(0, 1, torch.device("cpu"), "none", 1, False)
+    )
+    fake = torch.rand(2, 3, 16, 16, requires_grad=True)
+    adversary.generator_loss(fake).backward()
+    assert fake.grad.abs().max() > 0
+    assert all(p.grad is None for p in adversary.network.parameters())
