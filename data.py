@@ -457,10 +457,10 @@ def resize_rows(rows: np.ndarray, scale: float) -> np.ndarray:  # (n, ...) -> (m
     return out
 
 
-def cubic(d: np.ndarray) -> np.ndarray:
-    """Keys' kernel with a = -0.5 at the distances `d`."""
-    near = (1.5 * d - 2.5) * d * d + 1
-    far = ((-0.5 * d + 2.5) * d - 4) * d + 2
+def cubic(d: np.ndarray, a: float = -0.5) -> np.ndarray:
+    """Keys' kernel at the distances `d`."""
+    near = ((a + 2) * d - (a + 3)) * d * d + 1
+    far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
     return np.where(d <= 1, near, far) * (d <= 2)
 
 
@@ -507,6 +507,14 @@ def draw(rng: Any, value: float | tuple[float, float]) -> float:
     return rng.uniform(*value) if isinstance(value, tuple | list) else value
 
 
+def draw_integer(rng: Any, value: int | tuple[int, int]) -> int:
+    """A number as it is, or a whole one of a range (low, high), both of which are included."""
+    if not isinstance(value, tuple | list):
+        return value
+    low, high = value
+    return low + int(rng.random() * (high - low + 1))
+
+
 def to_uint8(image: np.ndarray) -> np.ndarray:
     """(H, W, C) uint8, uint16, or float in [0, 1] -> uint8, rounded."""
     if image.dtype == np.uint8:
@@ -514,16 +522,371 @@ def to_uint8(image: np.ndarray) -> np.ndarray:
     return np.rint(to_float(image).clip(0, 1) * 255).astype(np.uint8)
 
 
+# Blind degradations, for real-world super-resolution: chains of random steps, which work on
+# float32 in [0, 1]. Their probabilities and ranges are the authors', and stand in these tables.
+# A restart does not notice when they change.
+
+# KAIR's degradation_bsrgan (utils/utils_blindsr.py), with which SwinIR's authors trained. (Their
+# options name shuffle_prob and use_sharp as well, which only its bsrgan_plus reads.) `rest` is the
+# scale by which the image still has to shrink.
+BSRGAN = {
+    "halved": 0.25,  # probability that x4 begins with x1/2
+    "anisotropic": 0.5,  # probability, else the blur is isotropic
+    "blur_reach": (3, 12),  # the kernel has 2 * reach + 1 pixels, 7 to 25
+    "variance": lambda rest: (0, 4 + rest),  # of the anisotropic blur, along both axes, pixels^2
+    "sigma": lambda rest: (0, 2 + 0.2 * rest),  # of the isotropic blur, pixels
+    "resized": 0.75,  # probability, else it shrinks by a Gaussian and every rest-th pixel
+    "shrinkage": lambda rest: (1, 2 * rest),
+    "shrinking_sigma": lambda rest: (0.1, 0.6 * rest),
+    "noise": (2, 25),  # deviation of 255, an integer
+    "noise_kinds": (0.4, 0.4, 0.2),  # probabilities: gray, colour, correlated channels
+    "jpeg": 0.9,  # probability of JPEG before the last one, which is always there
+}
+
+
+class Order(NamedTuple):
+    """One of Real-ESRGAN's two orders of degradation."""
+
+    blur: float  # probability
+    sigma: tuple[float, float]  # of the blur, pixels
+    resize: tuple[float, float, float]  # probabilities: enlarge, shrink, keep
+    factors: tuple[float, float]  # the least and the greatest, relative to GT or LQ
+    noise: tuple[float, float]  # Gaussian: deviation of 255
+    poisson: tuple[float, float]  # multiple of the Poisson noise
+
+
+# Real-ESRGAN's options/train_realesrgan_x4plus.yml, and realesrgan/data/realesrgan_dataset.py.
+FIRST = Order(
+    blur=1.0,
+    sigma=(0.2, 3.0),
+    resize=(0.2, 0.7, 0.1),
+    factors=(0.15, 1.5),
+    noise=(1, 30),
+    poisson=(0.05, 3.0),
+)
+SECOND = Order(
+    blur=0.8,
+    sigma=(0.2, 1.5),
+    resize=(0.3, 0.4, 0.3),
+    factors=(0.3, 1.2),
+    noise=(1, 25),
+    poisson=(0.05, 2.5),
+)
+REAL_ESRGAN = {
+    "blur_reach": (3, 10),  # kernels of 7 to 21 pixels
+    "sinc": 0.1,  # probability of a sinc kernel, in both orders
+    "final_sinc": 0.8,
+    # (shape, isotropic): probability of the other kernels
+    "kernels": {
+        ("gaussian", True): 0.45,
+        ("gaussian", False): 0.25,
+        ("generalised", True): 0.12,
+        ("generalised", False): 0.03,
+        ("plateau", True): 0.12,
+        ("plateau", False): 0.03,
+    },
+    "beta": {"generalised": (0.5, 4.0), "plateau": (1.0, 2.0)},  # below 1 as often as above
+    "gaussian_noise": 0.5,  # probability, else Poisson noise
+    "gray_noise": 0.4,
+}
+
+
+def bsrgan(
+    gt: np.ndarray, rng: Any, scale: int = 1, *, jpeg_range: int | tuple = (30, 95)
+) -> np.ndarray:
+    """BSRGAN: two blurs, two resizings, noise and JPEG in random order, and JPEG at the end.
+
+    jpeg_range: quality of each JPEG: 1 to 100, or (low, high).
+    """
+    height, width = gt.shape[0] // scale, gt.shape[1] // scale
+    image = to_float(gt)
+    rest = scale
+    if scale == 4 and rng.random() < BSRGAN["halved"]:
+        image = halve(image, rng)
+        rest = 2
+    for step in bsrgan_steps(rng):
+        if step == "blur":
+            image = blur_by_gaussian(image, rng, rest)
+        elif step == "shrink":
+            image = shrink(image, rng, rest)
+        elif step == "fit":
+            image = resize_by_chance(image, rng, height, width)
+        elif step == "noise":
+            image = add_channel_noise(image, rng)
+        elif rng.random() < BSRGAN["jpeg"]:
+            image = to_float(compress_jpeg(image, rng, quality=draw_integer(rng, jpeg_range)))
+    return compress_jpeg(image, rng, quality=draw_integer(rng, jpeg_range))
+
+
+def bsrgan_steps(rng: Any) -> list[str]:
+    """KAIR's seventh step, a camera model, is not part of the recipe."""
+    steps = ["blur", "blur", "shrink", "fit", "noise", "jpeg"]
+    steps = [steps[i] for i in rng.permutation(len(steps))]
+    first, second = sorted((steps.index("shrink"), steps.index("fit")))
+    steps[first], steps[second] = "shrink", "fit"
+    return steps
+
+
+def halve(image: np.ndarray, rng: Any) -> np.ndarray:
+    if rng.random() < 0.5:
+        return resize_by_chance(image, rng, image.shape[0] // 2, image.shape[1] // 2)
+    return imresize(image, 0.5).clip(0, 1)
+
+
+def resize_by_chance(image: np.ndarray, rng: Any, height: int, width: int) -> np.ndarray:
+    kind = rng.choice(["bilinear", "bicubic", "box"])
+    return resize(image, height, width, kind).clip(0, 1)
+
+
+def blur_by_gaussian(image: np.ndarray, rng: Any, rest: int) -> np.ndarray:
+    size = 2 * draw_integer(rng, BSRGAN["blur_reach"]) + 1
+    if rng.random() < BSRGAN["anisotropic"]:
+        sigmas = np.sqrt(rng.uniform(*BSRGAN["variance"](rest), 2))
+        kernel = bell_kernel(size, *sigmas, rng.uniform(0, math.pi))
+    else:
+        sigma = draw(rng, BSRGAN["sigma"](rest))
+        kernel = bell_kernel(size, sigma, sigma)
+    return convolve(image, kernel)
+
+
+def shrink(image: np.ndarray, rng: Any, rest: int) -> np.ndarray:
+    if rng.random() < BSRGAN["resized"]:
+        factor = draw(rng, BSRGAN["shrinkage"](rest))
+        height, width = (int(n / factor) for n in image.shape[:2])
+        return resize_by_chance(image, rng, height, width)
+    kernel = shifted_kernel(25, draw(rng, BSRGAN["shrinking_sigma"](rest)), (rest - 1) / 2)
+    return convolve(image, kernel)[::rest, ::rest].clip(0, 1)
+
+
+def add_channel_noise(image: np.ndarray, rng: Any) -> np.ndarray:
+    height, width, channels = image.shape
+    kind = rng.choice(["gray", "colour", "correlated"], p=BSRGAN["noise_kinds"])
+    sigma = draw_integer(rng, BSRGAN["noise"]) / 255
+    if kind == "correlated":
+        greatest = BSRGAN["noise"][1] / 255
+        basis = np.linalg.svd(rng.random((3, 3)))[0]
+        covariance = basis.T @ np.diag(rng.random(3)) @ basis
+        covariance = np.abs(greatest**2 * covariance)
+        # Not always positive semi-definite, which KAIR ignores, too.
+        noise = rng.multivariate_normal(
+            [0, 0, 0], covariance, (height, width), check_valid="ignore"
+        )
+        noise = noise[..., :channels]
+    else:
+        noise = rng.normal(0, sigma, (height, width, 1 if kind == "gray" else channels))
+    return (image + noise).clip(0, 1).astype(np.float32)
+
+
+def realesrgan(
+    gt: np.ndarray, rng: Any, scale: int = 1, *, jpeg_range: int | tuple = (30, 95)
+) -> np.ndarray:
+    """Real-ESRGAN: blur, resizing, noise and JPEG, twice, with a sinc filter at the end.
+
+    jpeg_range: quality of each JPEG: 1 to 100, or (low, high).
+    """
+    height, width = gt.shape[0] // scale, gt.shape[1] // scale
+    image = degrade_once(to_float(gt), rng, FIRST, *gt.shape[:2])
+    image = to_float(compress_jpeg(image, rng, quality=jpeg_range))
+    image = degrade_once(image, rng, SECOND, height, width)
+    if rng.random() < 0.5:
+        image = fit_and_filter(image, rng, height, width)
+        return compress_jpeg(image, rng, quality=jpeg_range)
+    image = to_float(compress_jpeg(image, rng, quality=jpeg_range))
+    return to_uint8(fit_and_filter(image, rng, height, width))
+
+
+def degrade_once(image: np.ndarray, rng: Any, order: Order, height: int, width: int) -> np.ndarray:
+    """Blur, a size relative to (height, width), and noise."""
+    if rng.random() < order.blur:
+        image = convolve(image, draw_kernel(rng, order.sigma))
+    least, greatest = order.factors
+    factor = 1.0
+    change = rng.choice(["enlarge", "shrink", "keep"], p=order.resize)
+    if change == "enlarge":
+        factor = rng.uniform(1, greatest)
+    elif change == "shrink":
+        factor = rng.uniform(least, 1)
+    kind = rng.choice(["bilinear", "bicubic", "area"])
+    image = resize(image, int(height * factor), int(width * factor), kind)
+
+    gray = rng.random() < REAL_ESRGAN["gray_noise"]
+    if rng.random() < REAL_ESRGAN["gaussian_noise"]:
+        shape = (*image.shape[:2], 1 if gray else image.shape[2])
+        noise = rng.normal(0, draw(rng, order.noise) / 255, shape)
+    else:
+        noise = draw(rng, order.poisson) * poisson_noise(image, rng, gray)
+    return (image + noise).clip(0, 1).astype(np.float32)
+
+
+def poisson_noise(image: np.ndarray, rng: Any, gray: bool) -> np.ndarray:
+    """Its strength depends on the number of different values in the image, as in BasicSR."""
+    levels = to_uint8(image)
+    if gray:
+        levels = to_channels(levels, 1)
+    count = np.count_nonzero(np.bincount(levels.ravel()))
+    peak = 2 ** math.ceil(math.log2(count))
+    clean = to_float(levels)
+    return rng.poisson(clean * peak) / peak - clean
+
+
+def fit_and_filter(image: np.ndarray, rng: Any, height: int, width: int) -> np.ndarray:
+    kind = rng.choice(["bilinear", "bicubic", "area"])
+    image = resize(image, height, width, kind)
+    if rng.random() < REAL_ESRGAN["final_sinc"]:
+        size = 2 * draw_integer(rng, REAL_ESRGAN["blur_reach"]) + 1
+        image = convolve(image, sinc_kernel(size, rng.uniform(math.pi / 3, math.pi)))
+    return image
+
+
+def sharpen(image: np.ndarray) -> np.ndarray:
+    """Unsharp masking of (H, W, C) uint8 or uint16, where it changes more than 10 of 255.
+
+    Real-ESRGAN's USMSharp and KAIR's add_sharpening: weight 0.5, a Gaussian of 51 pixels.
+    """
+    kernel = bell_kernel(51, 8.0, 8.0)  # the sigma that OpenCV takes for 51 pixels
+    pixels = to_float(image)
+    detail = pixels - convolve(pixels, kernel)
+    mask = convolve((np.abs(detail) * 255 > 10).astype(np.float32), kernel)
+    sharp = (pixels + 0.5 * detail).clip(0, 1)
+    mixed = mask * sharp + (1 - mask) * pixels
+    peak = np.iinfo(image.dtype).max
+    return np.rint(mixed.clip(0, 1) * peak).astype(image.dtype)
+
+
+def draw_kernel(rng: Any, sigma_range: tuple[float, float]) -> np.ndarray:
+    """One of Real-ESRGAN's blur kernels."""
+    size = 2 * draw_integer(rng, REAL_ESRGAN["blur_reach"]) + 1
+    if rng.random() < REAL_ESRGAN["sinc"]:
+        lowest = math.pi / 3 if size < 13 else math.pi / 5
+        return sinc_kernel(size, rng.uniform(lowest, math.pi))
+    kinds = REAL_ESRGAN["kernels"]
+    shape, isotropic = list(kinds)[rng.choice(len(kinds), p=list(kinds.values()))]
+    sigma_x = sigma_y = draw(rng, sigma_range)
+    angle = 0.0
+    if not isotropic:
+        sigma_y = draw(rng, sigma_range)
+        angle = rng.uniform(-math.pi, math.pi)
+    beta = 1.0
+    if shape in REAL_ESRGAN["beta"]:
+        least, greatest = REAL_ESRGAN["beta"][shape]
+        beta = rng.uniform(least, 1) if rng.random() < 0.5 else rng.uniform(1, greatest)
+    return bell_kernel(size, sigma_x, sigma_y, angle, beta, shape == "plateau")
+
+
+def bell_kernel(
+    size: int,
+    sigma_x: float,
+    sigma_y: float,
+    angle: float = 0.0,
+    beta: float = 1.0,
+    plateau: bool = False,
+) -> np.ndarray:  # (size, size)
+    """exp(-r^(2 beta) / 2), a Gaussian if beta = 1, or 1 / (1 + r^(2 beta)), with sum 1.
+
+    r: the distance from the middle in units of sigma_x along `angle`, and of sigma_y across it.
+    """
+    y, x = np.mgrid[:size, :size] - size // 2
+    along = (math.cos(angle) * x + math.sin(angle) * y) / sigma_x
+    across = (math.cos(angle) * y - math.sin(angle) * x) / sigma_y
+    power = (along**2 + across**2) ** beta
+    kernel = 1 / (1 + power) if plateau else np.exp(-power / 2)
+    return kernel / kernel.sum()
+
+
+def shifted_kernel(size: int, sigma: float, shift: float) -> np.ndarray:
+    """A Gaussian whose middle is `shift` pixels further up and left, by linear interpolation.
+
+    Blurred by it, every rest-th pixel, from the first one on, lies in the middle of rest x rest.
+    """
+    positions = np.arange(size)
+    row = bell_kernel(size, sigma, sigma)[size // 2]
+    row = np.interp(positions + shift, positions, row)
+    row /= row.sum()
+    return np.outer(row, row)
+
+
+def sinc_kernel(size: int, cutoff: float) -> np.ndarray:  # (size, size)
+    """The ideal low-pass filter up to `cutoff` radians per pixel, cut off at `size`, with sum 1."""
+    y, x = np.mgrid[:size, :size] - size // 2
+    radius = np.hypot(x, y)
+    radius[size // 2, size // 2] = 1  # the limit at 0 follows
+    kernel = cutoff * bessel_j1(cutoff * radius) / (2 * math.pi * radius)
+    kernel[size // 2, size // 2] = cutoff**2 / (4 * math.pi)
+    return kernel / kernel.sum()
+
+
+def bessel_j1(x: np.ndarray) -> np.ndarray:
+    """J1 for |x| below 100: its integral over [0, pi], exact to 1e-15 by 96 midpoints."""
+    t = (np.arange(96) + 0.5) * (math.pi / 96)
+    return np.cos(t - x[..., None] * np.sin(t)).mean(axis=-1)
+
+
+def convolve(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    """(H, W, C) float32 by (k, k), k odd; borders are mirrored, without the edge itself.
+
+    By FFT, whose time does not depend on k.
+    """
+    height, width, _ = image.shape
+    reach = len(kernel) // 2
+    padded = np.pad(image, ((reach, reach), (reach, reach), (0, 0)), "reflect")
+    size = [-(-n // 16) * 16 for n in padded.shape[:2]]  # whose FFT is fast
+    filtered = np.fft.rfft2(padded, size, axes=(0, 1))
+    filtered *= np.fft.rfft2(kernel, size)[..., None]
+    out = np.fft.irfft2(filtered, size, axes=(0, 1))
+    out = out[2 * reach : 2 * reach + height, 2 * reach : 2 * reach + width]
+    return out.astype(np.float32)
+
+
+def resize(image: np.ndarray, height: int, width: int, kind: str) -> np.ndarray:
+    """(H, W, C) float32 -> (height, width, C), without antialiasing, in contrast to `imresize`.
+
+    kind: bilinear or bicubic (a = -0.75), equal to OpenCV's and torch's; box, OpenCV's INTER_AREA;
+    or area, torch's, whose boxes grow to whole pixels. Torch's own functions are not used because
+    their last bits depend on the number of threads.
+    """
+    for axis, size in enumerate((height, width)):
+        size = max(size, 1)
+        if size == image.shape[axis]:
+            continue
+        taps, weights = taps_of(kind, image.shape[axis], size)
+        shape = (1, size, 1) if axis == 1 else (size, 1, 1)
+        out = np.float32(0)
+        for tap, weight in zip(taps.T, weights.T, strict=True):
+            out = out + weight.reshape(shape) * image.take(tap, axis)
+        image = out
+    return image
+
+
+def taps_of(kind: str, n: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(size, count) input positions of n, and their weights, float32; borders are repeated."""
+    step = n / size  # input pixels per output pixel
+    if kind in ("box", "area"):
+        start = np.arange(size)[:, None] * step
+        taps = np.floor(start) + np.arange(math.ceil(step) + 1)
+        covered = np.minimum(taps + 1, start + step) - np.maximum(taps, start)
+        weights = covered.clip(0) if kind == "box" else covered > 1e-9
+    else:
+        centre = (np.arange(size)[:, None] + 0.5) * step - 0.5
+        taps = np.floor(centre) + (np.arange(2) if kind == "bilinear" else np.arange(-1, 3))
+        distance = np.abs(centre - taps)
+        weights = 1 - distance if kind == "bilinear" else cubic(distance, a=-0.75)
+    weights = weights / weights.sum(axis=1, keepdims=True)
+    return taps.clip(0, n - 1).astype(int), weights.astype(np.float32)
+
+
 class Degradation(NamedTuple):
     """A function, and the LQ pixels around a crop that it has to see.
 
     A crop grows to multiples of `margin`, and by one margin on each side, before it is degraded, so
     that it equals the crop of the degraded image. 16 is a block of 4:2:0 JPEG; the cubic kernel
-    reaches 2 LQ pixels, for which 4 is ample. 0: each pixel is degraded on its own.
+    reaches 2 LQ pixels, for which 4 is ample. 0: the crop is degraded alone, which is the same for
+    a function that treats each pixel on its own. With `sharpen`, GT is sharpened before, and stays
+    so as the target of the training; validation degrades and compares the image as it is.
     """
 
     function: Callable[..., np.ndarray]
     margin: int = 0
+    sharpen: bool = False
 
 
 # By name: `--degradation=noise`. The options of a function are read off its signature. They are
@@ -532,8 +895,11 @@ DEGRADATIONS = {
     "noise": Degradation(add_noise),
     "jpeg": Degradation(compress_jpeg, margin=16),
     "bicubic": Degradation(downscale, margin=4),
+    "bsrgan": Degradation(bsrgan),  # KAIR degrades the crop alone, too
+    # Real-ESRGAN degrades 100 LQ pixels for a crop of 64.
+    "realesrgan": Degradation(realesrgan, margin=8, sharpen=True),
 }
-LEAST = {"sigma": 0, "quality": 1}  # least value of an option
+LEAST = {"sigma": 0, "quality": 1, "jpeg_range": 1}  # least value of an option
 VALIDATED = {"sigma": max, "quality": min}  # a range is validated at its hard end
 
 
@@ -575,8 +941,8 @@ def bind_degradation(name: str, scale: int, in_chans: int, options: dict[str, An
             raise UserError(f"{option!r} is an option of no degradation")
         check_range(option, value)
     own = {key: options[key] for key in options_of_degradation(name) if key in options}
-    function, margin = DEGRADATIONS[name]
-    bound = partial(function, scale=scale, **own)
+    degradation = DEGRADATIONS[name]
+    bound = partial(degradation.function, scale=scale, **own)
 
     # Results of another kind would spoil the training without a word. The image is 128: floats
     # in [0, 1] have a mean near 0.5, those in [0, 255] near 128, and 9 lies between.
@@ -585,7 +951,7 @@ def bind_degradation(name: str, scale: int, in_chans: int, options: dict[str, An
     if lq.shape != (64, 64, in_chans) or not (is_8_bit or abs(np.mean(lq)) < 9):  # nan is not
         sentence = "must return (H / scale, W / scale, C), uint8 or floats in [0, 1]"
         raise UserError(f"{name} {sentence}, and does not for {scale=}")
-    return Degradation(bound, margin)
+    return degradation._replace(function=bound)
 
 
 def check_range(name: str, value: Any) -> None:
@@ -1254,13 +1620,15 @@ class PairedImageDataset(Dataset):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Degrades no more than the crop and the margin around it that the degradation sees."""
         s = self.scale
-        degrade, margin = self.degradation
+        degrade, margin, sharpened = self.degradation
         y, bottom = with_margin(top, size, pair.height, margin)
         x, right = with_margin(left, size, pair.width, margin)
         gt = pair.gt[pair.gt_index][y * s : bottom * s, x * s : right * s]
         gt = to_channels(gt, self.in_chans)
         if margin == 0:  # noise: small images are padded before, so that it isn't mirrored
             gt = pad_by_mirroring(gt, size * s)
+        if sharpened:
+            gt = sharpen(gt)
         lq = degrade(gt, rng)
         top, left = top - y, left - x
         lq = lq[top : top + size, left : left + size]
@@ -1375,43 +1743,23 @@ def printable(text: str) -> str:
 
 
 def sample_batches(
-    plan: Callable[[int], tuple[int, int]],
-    rank: int = 0,
-    world: int = 1,
-    start: int = 0,
-    accumulate: int = 1,
+    plan: Callable[[int], tuple[int, int]], rank: int = 0, world: int = 1, start: int = 0
 ) -> Iterator[list[tuple[int, int]]]:
     """Batches of the dataset's indices (n, gt_size), without end, from iteration start + 1 on.
 
     plan(it) is (batch_size, gt_size) of iteration `it`. Samples are numbered consecutively,
-    whatever the batch size. In each iteration every one of `accumulate` micro-batches, and in it
-    every one of `world` ranks, takes a contiguous slice. Raises UserError for a batch that can't
-    be shared.
+    whatever the batch size. Of each batch, every one of `world` ranks takes a contiguous slice.
     """
-    # Here, because a generator would complain at its first next() only.
-    check_shares(plan(start + 1)[0], world, accumulate)
-    return generate_batches(plan, rank, world, start, accumulate)
-
-
-def check_shares(batch_size: int, world: int, accumulate: int) -> None:
-    if batch_size % (world * accumulate):
-        shares = f"{world} x {accumulate}"
-        raise UserError(f"{batch_size=} is no multiple of ranks x accumulate, {shares}")
-
-
-def generate_batches(
-    plan: Callable[[int], tuple[int, int]], rank: int, world: int, start: int, accumulate: int
-) -> Iterator[list[tuple[int, int]]]:
     first = sum(plan(it)[0] for it in range(1, start + 1))
     it = start
     while True:
         it += 1
         batch_size, gt_size = plan(it)
-        check_shares(batch_size, world, accumulate)
-        size = batch_size // (world * accumulate)
-        for micro in range(accumulate):
-            begin = first + (micro * world + rank) * size
-            yield [(number, gt_size) for number in range(begin, begin + size)]
+        if batch_size % world:
+            raise UserError(f"{batch_size=} is no multiple of {world} ranks, in iteration {it}")
+        size = batch_size // world
+        begin = first + rank * size
+        yield [(number, gt_size) for number in range(begin, begin + size)]
         first += batch_size
 
 

@@ -111,6 +111,7 @@ class SwinIR(nn.Module):
         self.window = min(window_size, height, width)
         self.shift = self.window // 2 if min(height, width) > window_size else 0
         self.multiple = self.window
+        self.training_floats_per_pixel = training_floats(embed_dim, depths, num_heads, self.window)
         mask = official_attn_mask(height, width, self.window, self.shift)
 
         # 1. Shallow features
@@ -600,6 +601,15 @@ def inference_floats(
     return 5 * embed_dim + 4 * window_size**2 + 64 + head * upscale**2
 
 
+def training_floats(embed_dim: int, depths: Any, num_heads: Any, window: int) -> float:
+    """How many floats a training step holds per input pixel, measured for the published networks
+    in bfloat16: activations of the layers, and of the attention among a window's tokens."""
+    floats = 0.0
+    for depth, heads in zip(depths, num_heads, strict=True):
+        floats += depth * (7.2 * embed_dim + 1.6 * heads * window**2)
+    return floats
+
+
 BUFFERS = ("attn_mask", "relative_position_index")
 
 
@@ -621,6 +631,8 @@ def keep_own_buffers(net: nn.Module, state_dict: dict[str, Tensor], prefix: str,
 #   factor            output pixels per input pixel, along each side
 #   multiple          tiles of `restore` begin at multiples of this number of input pixels
 #   floats_per_pixel  floats that an inference holds per input pixel: `restore` chooses tiles by it
+#   training_floats_per_pixel  optional: floats that a training step holds per input pixel, in
+#                     bfloat16, by which train.py chooses micro-batches
 #   layers            optional: modules that are alike, for torch.compile to compile once for all
 #   forward           (B, in_chans, H, W) of any size, in [0, 1], to (B, in_chans, H * factor, ...)
 # train.py passes those of its options NETWORK_OPTIONS that the constructor takes, its scale as

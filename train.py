@@ -29,7 +29,8 @@ import threading
 import time
 import traceback
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -38,6 +39,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -77,7 +79,15 @@ from metrics import (
     strip,
     sum_over_ranks,
 )
-from model import DISCRIMINATORS, NETWORKS, free_cores, load_weights, portable, restore
+from model import (
+    DISCRIMINATORS,
+    NETWORKS,
+    free_cores,
+    is_out_of_memory,
+    load_weights,
+    portable,
+    restore,
+)
 
 
 @dataclass
@@ -101,9 +111,11 @@ class Config:
     filename_tmpl: str = "{}"  # name of the partner of {}: {}x4 pairs baby.png with babyx4.png
     # lists the files to use, as a/1.png below dataroot_gt; None: all
     meta_info_file: str | None = None
-    degradation: str = "noise"  # noise, jpeg, bicubic: see DEGRADATIONS in data.py
+    # noise, jpeg, bicubic, bsrgan, realesrgan: see DEGRADATIONS in data.py
+    degradation: str = "noise"
     sigma: float | tuple[float, ...] = 25.0  # noise: deviation of 255, or a range as 0,50
     quality: int | tuple[int, ...] = 40  # jpeg: 1 to 100, or a range as 10,40
+    jpeg_range: int | tuple[int, ...] = (30, 95)  # bsrgan, realesrgan: quality of each JPEG
     gt_size: int = 128  # side of the GT patch in pixels: a multiple of scale x window_size
     use_hflip: bool = True  # horizontal flips
     use_rot: bool = True  # vertical flips and transpositions: with use_hflip, all eight symmetries
@@ -131,7 +143,7 @@ class Config:
 
     # optimisation
     batch_size: int = 8  # global: samples per step over all ranks and micro-batches
-    # micro-batches per step and rank; None: 1, on a CPU as memory demands
+    # micro-batches per step and rank; None: as few as fit into the memory
     accumulate: int | None = None
     total_iters: int = 1_600_000
     optimizer: str = "adam"  # adam, adamw: see OPTIMIZERS
@@ -204,6 +216,7 @@ BOUNDS = {
     "dataset_weights": (0, None),
     "sigma": (0, None),
     "quality": (1, 100),
+    "jpeg_range": (1, 100),
     "gt_size": (1, None),
     "num_workers": (0, None),
     "scale": (1, None),
@@ -283,10 +296,9 @@ def adamw(network: nn.Module, cfg: Config) -> torch.optim.Optimizer:
 OPTIMIZERS = {"adam": adam, "adamw": adamw}
 
 
-def build_network(cfg: Config, use_checkpoint: bool = False) -> nn.Module:
+def build_network(cfg: Config) -> nn.Module:
     """NETWORKS[cfg.network] with those of NETWORK_OPTIONS that it takes."""
     options = {name: getattr(cfg, name) for name in NETWORK_OPTIONS}
-    options["use_checkpoint"] |= use_checkpoint
     options["upscale"] = cfg.scale
     options["img_size"] = cfg.gt_size // cfg.scale
     constructor = NETWORKS[cfg.network]
@@ -418,6 +430,44 @@ def restore_statistics(statistics: list[tuple[Tensor, Tensor]], finite: Tensor) 
         buffer.copy_(buffer.where(finite, before))
 
 
+def step_that_fits(
+    step: Callable[[list[list[Tensor]]], tuple[dict[str, Tensor], Tensor]],
+    batch: list[Tensor],
+    accumulate: int,
+    seed: int,
+    world: int,
+    log: Log,
+) -> tuple[dict[str, Tensor], Tensor, int]:
+    """The step on a batch that is split into micro-batches: into more where memory is too small.
+
+    Returns what `step` returns, and the number of micro-batches. Several ranks try it before the
+    training (`try_memory`): a rank alone can't repeat a step.
+    """
+    while True:
+        torch.manual_seed(seed)
+        try:
+            return *step(split_batch(batch, accumulate)), accumulate
+        except RuntimeError as error:
+            if world > 1 or not is_out_of_memory(error):
+                raise
+        accumulate = more_micro_batches(accumulate, len(batch[0]))
+        log(f"note: out of memory: a step has {accumulate} micro-batches from here on")
+
+
+def split_batch(batch: list[Tensor], count: int) -> list[list[Tensor]]:
+    """[lq, gt] as `count` micro-batches [lq, gt]."""
+    return [list(pair) for pair in zip(*(images.chunk(count) for images in batch), strict=True)]
+
+
+def more_micro_batches(accumulate: int, samples: int) -> int:
+    """The next number of equal micro-batches. Raises UserError if they can't be smaller."""
+    for count in range(accumulate + 1, samples + 1):
+        if samples % count == 0:
+            return count
+    advice = "--use_checkpoint=True, or a smaller gt_size or network"
+    raise UserError(f"out of memory with one sample at a time: {advice}")
+
+
 def poison_if_not_finite(loss: Tensor) -> Tensor:
     """The loss, with gradients of nan if it is nan or infinite.
 
@@ -480,7 +530,7 @@ class Adversary:
         self.network.eval()  # no iteration of the spectral normalisation
         return self.loss_for_generator(self.network(fake).float(), real=True)
 
-    def step(self, reals: list[Tensor], lr: float) -> dict[str, Tensor]:
+    def step(self, reals: Sequence[Tensor], lr: float) -> dict[str, Tensor]:
         """One optimizer step, and its figures: the loss, and the mean scores of real and fake."""
         self.network.requires_grad_(True)
         self.network.train()
@@ -535,26 +585,46 @@ def evaluate(
     names = measures_of(cfg)
     scores = torch.zeros(len(images), len(names) + 2, dtype=torch.float64)
     strips = {}
-    for i in range(rank, len(images), world):
-        image = images[i]
-        lq, gt = image["lq"], image["gt"]
-        output = restored_pixels(network, lq, gt, cfg)
-        peak = np.iinfo(gt.dtype).max
-        baseline = (lq.clamp(0, 1) * peak).round().permute(1, 2, 0).numpy().astype(gt.dtype)
-        if cfg.scale > 1:
-            baseline = imresize(baseline, cfg.scale)
-        how = (gt, cfg.crop_border, cfg.test_y_channel)
-        values = [capped(measure, MEASURES[measure](output, *how)) for measure in names]
-        before = capped("psnr", psnr(baseline, *how))
-        exact = np.array_equal(output, gt)
-        scores[i] = torch.tensor([*values, before, exact], dtype=scores.dtype)
-        if cfg.save_img:
-            after = capped("psnr", psnr(output, *how))
-            strips[image["name"]] = strip(baseline, output, gt, before, after)
+
+    def note(i: int, name: str, job: Future) -> None:
+        values, picture = job.result()
+        scores[i] = torch.tensor(values, dtype=scores.dtype)
+        if picture:
+            strips[name] = picture
+
+    # A thread scores an image while the network restores the next one.
+    with ThreadPoolExecutor(1, "scorer") as scorer:
+        pending = None
+        for i in range(rank, len(images), world):
+            image = images[i]
+            output = restored_pixels(network, image["lq"], image["gt"], cfg)
+            if pending:
+                note(*pending)
+            job = scorer.submit(score, output, image["lq"], image["gt"], cfg)
+            pending = (i, image["name"], job)
+        if pending:
+            note(*pending)
     scores = sum_over_ranks(scores)  # sums with zeros, which are exact
     *means, input_psnr, _ = scores.mean(0).tolist()
     exact = int(scores[:, -1].sum())
     return dict(zip(names, means, strict=True)) | {"input_psnr": input_psnr, "exact": exact}, strips
+
+
+def score(
+    output: np.ndarray, lq: Tensor, gt: np.ndarray, cfg: Config
+) -> tuple[list[float], Image.Image | None]:
+    """([measures, PSNR of the input, whether the output is exact], strip if cfg.save_img)."""
+    peak = np.iinfo(gt.dtype).max
+    baseline = (lq.clamp(0, 1) * peak).round().permute(1, 2, 0).numpy().astype(gt.dtype)
+    if cfg.scale > 1:
+        baseline = imresize(baseline, cfg.scale)
+    how = (gt, cfg.crop_border, cfg.test_y_channel)
+    values = [capped(name, MEASURES[name](output, *how)) for name in measures_of(cfg)]
+    before = capped("psnr", psnr(baseline, *how))
+    picture = None
+    if cfg.save_img:
+        picture = strip(baseline, output, gt, before, capped("psnr", psnr(output, *how)))
+    return [*values, before, float(np.array_equal(output, gt))], picture
 
 
 def restored_pixels(network: nn.Module, lq: Tensor, gt: np.ndarray, cfg: Config) -> np.ndarray:
@@ -640,7 +710,8 @@ def validate(
         forget_other_bests(best, decisive, folder, it, hardware.rank)
     for dataset, images in val_sets.items():
         # Layers that are compiled for training would be compiled again for each image size.
-        with torch.compiler.set_stance("force_eager"):
+        # cuDNN would time its algorithms for each of them, too.
+        with torch.compiler.set_stance("force_eager"), without_cudnn_benchmark():
             means, strips = evaluate(network, images, cfg, hardware.rank, hardware.world)
         pictures = {}
         for name, picture in strips.items():
@@ -665,6 +736,18 @@ def validate(
         values = means | {f"best_{measure}": top, "best_iter": when, "protocol": protocol}
         log.event("val", text, it, pictures, dataset=dataset, eval_only=cfg.eval_only, **values)
     return best[decisive][1] == it
+
+
+@contextlib.contextmanager
+def without_cudnn_benchmark() -> Iterator[None]:
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what large images have taken
 
 
 def best_key(images: ValidationImages, cfg: Config) -> str:
@@ -710,7 +793,7 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
 
     # Network, and the checkpoint to continue from
     torch.manual_seed(cfg.seed)
-    network = build_network(cfg, hardware.use_checkpoint)
+    network = build_network(cfg)
     start_ranks(hardware)
     lock = lock_existing(folder, rank)  # before the checkpoint is read: another run may be saving
     use_old = cfg.resume == "auto" or cfg.eval_only
@@ -718,8 +801,8 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
     start, best = state["iter"], dict(state["best"])
     set_threads(device, state.get("threads"))
     changes = check_resume(cfg, state, folder, val_sets)
-    check_plan(cfg, world * hardware.accumulate)
-    sampler = sample_batches(lambda it: plan_of(it, cfg), rank, world, start, hardware.accumulate)
+    check_plan(cfg, world * (cfg.accumulate or 1))
+    sampler = sample_batches(lambda it: plan_of(it, cfg), rank, world, start)
     notices = dataset.notices
     if cfg.pretrain_network and not start:
         taken = load_weights(network, cfg.pretrain_network, cfg.param_key, cfg.strict_load)
@@ -742,7 +825,7 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
     log = Log(folder, log_start, cfg.use_tb_logger, cfg.wandb, vars(cfg), quiet=rank > 0)
     describe_run(log, cfg, folder, start, changes, dataset, val_sets, notices)
     if cfg.eval_only:
-        describe_network(log, network, hardware, None)
+        describe_network(log, network, hardware)
         validate(average, val_sets, cfg, hardware, start, best, folder, log)
         return 0
 
@@ -758,7 +841,17 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
     side = cfg.gt_size // cfg.scale
     ddp_model = distribute(network, world, torch.zeros(1, cfg.in_chans, side, side, device=device))
     not_compiled = compile_layers(network, cfg, device)
-    describe_network(log, network, hardware, not_compiled)
+    accumulate = cfg.accumulate or fit_memory(network, cfg, hardware, state.get("accumulate"))
+    if world > 1 and not cfg.accumulate:
+        accumulate = try_memory(network, criterion, adversary, cfg, hardware, accumulate)
+    describe_network(log, network, hardware, accumulate, not_compiled)
+    describe_memory(log, network, cfg, hardware, accumulate)
+
+    def step(micro_batches: list[list[Tensor]]) -> tuple[dict[str, Tensor], Tensor]:
+        if adversary:
+            adversary.fakes.clear()  # of a step that ran out of memory
+        rest = (micro_batches, cfg, hardware.precision)
+        return train_step(ddp_model, criterion, optimizer, scaler, *rest)
 
     def save_network(name: str | int, it: int) -> None:
         path = folder / "models" / f"net_g_{name}.pth"
@@ -769,7 +862,7 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
             log(f"iteration {it:,} isn't saved: its last {SPOILT_AFTER} steps had no finite loss")
             return False
         save_network(it, it)
-        write_state(folder, it, best, cfg, parts, hardware)
+        write_state(folder, it, best, cfg, parts, hardware, accumulate)
         remove_old_checkpoints(folder, it, cfg.keep_last, rank)
         return True
 
@@ -785,7 +878,7 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
         damaged: set[str] = set()  # images that have been named
         for it in range(start + 1, cfg.total_iters + 1):
             try:
-                micro_batches = [next(batches) for _ in range(hardware.accumulate)]
+                batch = next(batches)
             except UnreadableImage as error:
                 requests.stop_with(error)  # sets the exit code, so that all ranks return below
             save_now, time_is_up, code = requests.agree(world)
@@ -799,14 +892,12 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
                 return code
 
             # The step. DropPath draws from (seed, iteration, rank).
-            torch.manual_seed(((cfg.seed * 1_000_003 + it) * 4099 + rank) % 2**63)
+            seed = ((cfg.seed * 1_000_003 + it) * 4099 + rank) % 2**63
             lr = set_lr(optimizer, lr_at(it, cfg))
-            figures, finite = train_step(
-                ddp_model, criterion, optimizer, scaler, micro_batches, cfg, hardware.precision
-            )
+            figures, finite, accumulate = step_that_fits(step, batch, accumulate, seed, world, log)
             if adversary:
                 lr_d = lr if cfg.lr_d is None else cfg.lr_d * lr / cfg.lr
-                figures |= adversary.step([gt for _, gt in micro_batches], lr_d)
+                figures |= adversary.step(batch[1].chunk(accumulate), lr_d)
             if cfg.ema_decay:
                 update_average(average, network, it, cfg.ema_decay)
             meter.add(figures, finite)
@@ -815,6 +906,8 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
 
             # Log, validate, save. Only reading values waits for a GPU.
             last = it == cfg.total_iters
+            if it - start in (10, 20):
+                clock.estimate(it, cfg.total_iters, device, log)
             if it % cfg.print_freq == 0 or last:
                 means = meter.means()
                 means |= log_damaged(log, dataset, damaged)
@@ -876,11 +969,15 @@ def describe_run(
 
 
 def describe_network(
-    log: Log, network: nn.Module, hardware: "Hardware", not_compiled: str | None
+    log: Log,
+    network: nn.Module,
+    hardware: "Hardware",
+    accumulate: int = 1,
+    not_compiled: str | None = None,
 ) -> None:
     device = hardware.device
     count = sum(p.numel() for p in network.parameters())
-    ranks = f"{hardware.world} rank(s) x {hardware.accumulate} micro-batch(es)"
+    ranks = f"{hardware.world} rank(s) x {accumulate} micro-batch(es)"
     text = f"network: {count:,} parameters; torch {torch.__version__}, {device}"
     text += f", {hardware.precision}, {ranks}"
     if device.type == "cpu":
@@ -1165,7 +1262,7 @@ def check(cfg: Config) -> None:
         same_size = cfg.degradation in ("noise", "jpeg")
         smaller = cfg.degradation == "bicubic"
         unfit = (same_size and cfg.scale > 1) or (smaller and cfg.scale == 1)
-        need(not unfit, "degradation", "bicubic or your own for scale > 1 only")
+        need(not unfit, "degradation", "one that shrinks, as bicubic, for scale > 1 only")
     if cfg.network == "swinir" and not cfg.eval_only:
         img_range = 255 if cfg.window_size == 7 else 1
         why = "ComfyUI and chaiNNer (spandrel) assume it, as weights don't tell"
@@ -1241,8 +1338,6 @@ class Hardware(NamedTuple):
     world: int  # number of ranks
     device: torch.device
     precision: str  # bf16, fp16, tf32, none
-    accumulate: int  # micro-batches per step and rank
-    use_checkpoint: bool  # recompute activations, because memory demands it
 
 
 def set_up_hardware(cfg: Config) -> Hardware:
@@ -1263,8 +1358,7 @@ def set_up_hardware(cfg: Config) -> Hardware:
         precision = "bf16" if device.type == "cpu" and has_bf16() else "none"
     if device.type == "cpu" and sys.platform == "linux":
         keep_freed_memory()
-    accumulate, use_checkpoint = fit_memory(cfg, device, world)
-    return Hardware(rank, world, device, precision, accumulate, use_checkpoint)
+    return Hardware(rank, world, device, precision)
 
 
 def find_device(cfg: Config) -> torch.device:
@@ -1296,20 +1390,94 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def fit_memory(cfg: Config, device: torch.device, world: int) -> tuple[int, bool]:
-    """(micro-batches per step and rank, whether to recompute activations).
+def fit_memory(network: nn.Module, cfg: Config, hardware: Hardware, before: int | None) -> int:
+    """The least number of micro-batches per step and rank that should fit into the memory.
 
-    On a CPU, a SwinIR whose activations would take more than 4 GB gets one sample at a time.
+    `before`: that of the run which is continued. It stays, because it changes how sums are rounded.
+    Where one sample is too large, the network recomputes its activations, if it can.
     """
-    accumulate, use_checkpoint = cfg.accumulate or 1, False
-    if device.type == "cpu" and cfg.network == "swinir":
-        pixels = (cfg.gt_size / cfg.scale) ** 2
-        bytes_per_sample = 4 * 15 * cfg.embed_dim * sum(cfg.depths) * pixels  # about
-        samples = cfg.batch_size // world
-        if samples * bytes_per_sample > 4e9:
-            accumulate = cfg.accumulate or samples
-            use_checkpoint = bytes_per_sample > 4e9
-    return accumulate, use_checkpoint
+    samples = cfg.batch_size // hardware.world
+    if before and samples % before == 0:
+        return before
+    free = free_memory(hardware)
+    if expected_bytes(network, cfg, hardware, 1) > free:
+        for module in network.modules():
+            if hasattr(module, "use_checkpoint"):
+                module.use_checkpoint = True
+        return samples
+    for count in range(1, samples + 1):
+        fits = expected_bytes(network, cfg, hardware, samples // count) <= free
+        if samples % count == 0 and fits:
+            return count
+    return samples
+
+
+def expected_bytes(network: nn.Module, cfg: Config, hardware: Hardware, samples: int) -> float:
+    """About the memory of a training step on `samples` at a time; of the weights if the network
+    doesn't say more."""
+    weights = 20 * sum(p.numel() for p in network.parameters())  # gradients, Adam, average
+    gt_size = max(plan_of(it, cfg)[1] for it in (1, cfg.total_iters))
+    pixels = samples * (gt_size // cfg.scale) ** 2
+    half = hardware.precision in ("bf16", "fp16")
+    floats = getattr(network, "training_floats_per_pixel", 0)
+    return weights + pixels * floats * (4 if half else 6)
+
+
+def free_memory(hardware: Hardware) -> float:
+    """Bytes for the activations of a step: what is left to others is in the factors."""
+    if hardware.device.type == "cuda":
+        return 0.85 * torch.cuda.mem_get_info(hardware.device)[0]
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:  # no Linux
+        return 4e9
+    kilobytes = int(re.search(r"MemAvailable: +([0-9]+)", text)[1])
+    return 0.5 * 1024 * kilobytes / hardware.world
+
+
+def try_memory(
+    network: nn.Module,
+    criterion: nn.Module,
+    adversary: Adversary | None,
+    cfg: Config,
+    hardware: Hardware,
+    accumulate: int,
+) -> int:
+    """Tries forward and backward, without a step. Returns the number of micro-batches that fits
+    on all ranks."""
+    batch_size, gt_size = plan_of(1, cfg)
+    samples = batch_size // hardware.world
+    statistics = copy_statistics(network)
+    while True:
+        gt = torch.zeros(samples // accumulate, cfg.in_chans, gt_size, gt_size)
+        gt = gt.to(hardware.device)
+        lq = gt[..., :: cfg.scale, :: cfg.scale]
+        try:
+            backward(network, criterion, NO_SCALER, [[lq, gt]], hardware.precision)
+            break
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        accumulate = more_micro_batches(accumulate, samples)
+    network.zero_grad()
+    if adversary:
+        adversary.fakes.clear()
+    restore_statistics(statistics, torch.tensor(False, device=hardware.device))
+    most = torch.tensor(accumulate)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return int(most)
+
+
+NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
+
+
+def describe_memory(
+    log: Log, network: nn.Module, cfg: Config, hardware: Hardware, accumulate: int
+) -> None:
+    samples = cfg.batch_size // hardware.world // accumulate
+    if hasattr(network, "training_floats_per_pixel"):
+        expected = expected_bytes(network, cfg, hardware, samples)
+        log(f"memory: about {expected / 1e9:.1f} GB for a step, {samples} sample(s) at a time")
 
 
 def set_threads(device: torch.device, before: int | None) -> None:
@@ -1415,6 +1583,7 @@ def write_state(
     cfg: Config,
     parts: dict[str, Any],
     hardware: Hardware,
+    accumulate: int,
 ) -> None:
     """What a restart needs besides the weights."""
     # On all ranks, because Meter sums over them.
@@ -1422,7 +1591,8 @@ def write_state(
     if hardware.rank > 0:
         return
     content |= {"iter": it, "best": best, "config": vars(cfg)}
-    content["threads"] = torch.get_num_threads()
+    # Both change how sums are rounded.
+    content |= {"threads": torch.get_num_threads(), "accumulate": accumulate}
     write_file(folder / "training_states" / f"{it}.state", content)
 
 
@@ -1638,6 +1808,7 @@ class Clock:
 
     def __init__(self, it: int) -> None:
         self.intervals = 0
+        self.mark: tuple[int, float] | None = None
         self.restart(it)
 
     def restart(self, it: int) -> None:
@@ -1649,6 +1820,18 @@ class Clock:
     def read(self, it: int) -> tuple[float, int]:
         """(seconds, steps)."""
         return time.perf_counter() - self.begin, it - self.it
+
+    def estimate(self, it: int, total: int, device: torch.device, log: Log) -> None:
+        """At the second call, logs the time to the end, by the steps since the first one."""
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        now = time.perf_counter()
+        if self.mark is None:
+            self.mark = (it, now)
+            return
+        first, begin = self.mark
+        left = (now - begin) / (it - first) * (total - it)
+        log(f"about {tqdm.format_interval(left)} to the end")
 
     @contextlib.contextmanager
     def paused(self, device: torch.device) -> Iterator[None]:

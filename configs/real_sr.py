@@ -1,14 +1,17 @@
-# Real-world super-resolution x4, SwinIR-M: the authors' PSNR stage, on pairs that you bring.
+# Real-world super-resolution x4, SwinIR-M: the authors' PSNR stage, from photographs alone.
 #
-#   torchrun --nproc_per_node=8 train.py configs/real_sr.py --dataroot_gt=HR --dataroot_lq=LR
+#   torchrun --nproc_per_node=8 train.py configs/real_sr.py \
+#       --dataroot_gt=DIV2K,Flickr2K,OST --val_gt=testset
 #
-# The authors degrade by BSRGAN, while training, and add a GAN stage. Neither is here: bring pairs,
-# for validation too (val_gt, val_lq). SwinIR-L: --embed_dim=240 --depths=6,6,6,6,6,6,6,6,6
+# Photographs are degraded by BSRGAN's chain while training, those of val_gt once and for all
+# (--degradation=realesrgan for Real-ESRGAN's, which also sharpens what is to be made). With
+# dataroot_lq, and val_lq for validation, pairs of your own are used instead. configs/real_sr_gan.py
+# is the stage that follows. SwinIR-L: --embed_dim=240 --depths=6,6,6,6,6,6,6,6,6
 # --num_heads=8,8,8,8,8,8,8,8,8 --resi_connection=3conv. Published without PSNR. Not trained here.
 # A step takes 56 s on two CPU cores, so this is for GPUs.
 name = lambda cfg: f"real_sr_x{cfg.scale}"
 scale = 4
-degradation = "real"
+degradation = "bsrgan"
 gt_size = lambda cfg: 64 * cfg.scale
 batch_size = 32
 

@@ -181,6 +181,7 @@ RECIPES = {
     ("jpeg",): "jpeg_gray",
     ("jpeg", "--in_chans=3"): "jpeg_color",
     ("real_sr",): "real_x4_M",
+    ("real_sr_gan",): "real_x4_M",
     ("classical_sr", "--scale=4", "--gt_size=256"): "classical_x4_s64",
     **{("classical_sr", f"--scale={s}"): f"classical_x{s}_s48" for s in (2, 3, 8)},
     **{("lightweight_sr", f"--scale={s}"): f"lightweight_x{s}" for s in (2, 3, 4)},
@@ -216,4 +217,4 @@ def test_configs_make_the_published_networks(config, published):
 
 def test_every_config_is_tried():
     files = {path.stem for path in (ROOT / "configs").glob("*.py")}
-    assert files == {config[0] for config in RECIPES} | {"tiny"}
+    assert files == {config[0] for config in RECIPES} | {"tiny", "tiny_real_sr"}

@@ -1207,7 +1207,7 @@ def test_a_gan_on_two_ranks_is_that_of_one(tmp_path):
 @pytest.mark.parametrize("kind", ["vanilla", "lsgan", "hinge"])
 def test_a_discriminator_learns_and_its_bad_steps_change_nothing(kind):
     cfg = Config(loss="l1+0.1*gan", gan_type=kind, discriminator_features=4, gt_size=16, lr=1e-3)
-    hardware = trainer.Hardware(0, 1, torch.device("cpu"), "none", 1, False)
+    hardware = trainer.Hardware(0, 1, torch.device("cpu"), "none")
     torch.manual_seed(0)
     adversary = trainer.Adversary(cfg, hardware)
     real, fake = torch.rand(2, 3, 16, 16), torch.full((2, 3, 16, 16), 0.5)
@@ -1235,10 +1235,123 @@ def test_a_discriminator_learns_and_its_bad_steps_change_nothing(kind):
 
 def test_the_discriminator_gives_gradients_to_the_network_alone():
     cfg = Config(loss="gan", discriminator_features=4, gt_size=16)
-    adversary = trainer.Adversary(
-        cfg, trainer.Hardware(0, 1, torch.device("cpu"), "none", 1, False)
-    )
+    adversary = trainer.Adversary(cfg, trainer.Hardware(0, 1, torch.device("cpu"), "none"))
     fake = torch.rand(2, 3, 16, 16, requires_grad=True)
     adversary.generator_loss(fake).backward()
     assert fake.grad.abs().max() > 0
     assert all(p.grad is None for p in adversary.network.parameters())
+
+
+# ---- memory, and validation that doesn't wait ----
+
+OUT_OF_MEMORY = """
+import sys
+sys.path.insert(0, {root!r})
+import torch, model, train
+forward, calls = model.SwinIR.forward, [0]
+
+def limited(self, x):
+    if self.training and torch.is_grad_enabled():
+        calls[0] += 1
+        if calls[0] >= {first} and len(x) > {fits} and {rank}:
+            raise torch.OutOfMemoryError("CUDA out of memory. (injected)")
+    return forward(self, x)
+
+model.SwinIR.forward = limited
+train.leave(train.run({options} + sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("first", [1, 4])
+def test_a_step_without_memory_is_made_again_in_smaller_parts(tmp_path, first):
+    options = [*SMALL.split(), "--drop_path_rate=0.5", "--loss=l1+0.1*gan", "--amp=none"]
+    options += ["--discriminator_features=4", "--lr=1e-5"]
+    script = tmp_path / "limited.py"
+    values = {"root": str(ROOT), "first": first, "fits": 1, "rank": True}
+    script.write_text(OUT_OF_MEMORY.format(options=[*options, "--name=limited"], **values))
+    done = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, env=ENV, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    notes = [line for line in done.stdout.splitlines() if "out of memory" in line]
+    assert [line.split("a step has ")[1] for line in notes] == [
+        "2 micro-batches from here on",
+        "4 micro-batches from here on",
+    ]
+    assert "finished" in done.stdout
+    # As if it had been so from the start, but for DropPath, which draws for each micro-batch.
+    script.write_text(OUT_OF_MEMORY.format(options=[*options, "--name=limited"], **values))
+    done = subprocess.run(
+        [sys.executable, script, "--total_iters=8"],
+        cwd=tmp_path,
+        env=ENV,
+        capture_output=True,
+        text=True,
+    )
+    assert "1 rank(s) x 4 micro-batch(es)" in done.stdout  # a restart remembers
+
+
+def test_ranks_find_together_what_fits_into_memory(tmp_path):
+    """One of two ranks has less memory. Both take smaller micro-batches, with the same result."""
+    script = tmp_path / "limited.py"
+    values = {"root": str(ROOT), "first": 1, "fits": 1, "rank": "train.dist.get_rank() == 1"}
+    options = [*SMALL.split(), "--amp=none", "--lr=1e-5", "--warmup_iters=100"]
+    script.write_text(OUT_OF_MEMORY.format(options=[*options, "--name=two"], **values))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*command, script], cwd=tmp_path, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "2 rank(s) x 2 micro-batch(es)" in done.stdout
+    assert train(tmp_path, *options[len(SMALL.split()) :], "--name=one")[0] == 0
+    a, b = network(tmp_path, 6, "one")["params"], network(tmp_path, 6, "two")["params"]
+    assert all((a[key].float() - b[key].float()).abs().max() < 1e-5 for key in a)
+
+
+def test_one_sample_that_does_not_fit_is_said(tmp_path):
+    script = tmp_path / "limited.py"
+    values = {"root": str(ROOT), "first": 3, "fits": 0, "rank": True}
+    script.write_text(OUT_OF_MEMORY.format(options=SMALL.split(), **values))
+    done = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, env=ENV, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "out of memory with one sample at a time: --use_checkpoint=True" in done.stderr
+
+
+def test_the_fewest_micro_batches_that_fit_are_chosen(monkeypatch):
+    cfg = load_config([str(ROOT / "configs/denoise.py")])
+    net = trainer.build_network(cfg)
+    hardware = trainer.Hardware(0, 1, torch.device("cpu"), "bf16")
+    one = trainer.expected_bytes(net, cfg, hardware, 1)
+    # 4.5 GB for a patch were measured, with bfloat16 on the runtime of CUDA
+    assert one == pytest.approx(4.5e9, rel=0.1)
+    for gigabytes, count in ((100, 1), (25, 2), (10, 4), (5, 8)):
+        monkeypatch.setattr(trainer, "free_memory", lambda _, gb=gigabytes: gb * 1e9)
+        assert trainer.fit_memory(net, cfg, hardware, None) == count
+        assert trainer.fit_memory(net, cfg, hardware, 2) == 2  # as before a restart
+        assert not net.layers[0].use_checkpoint
+    monkeypatch.setattr(trainer, "free_memory", lambda _: 3e9)
+    assert trainer.fit_memory(net, cfg, hardware, None) == 8 and net.layers[0].use_checkpoint
+
+
+def test_images_are_scored_while_the_next_one_is_restored(monkeypatch):
+    """Both take as long here: together, about half of their sum."""
+
+    def slow_restore(network, lq, gt, cfg):
+        time.sleep(0.2)
+        return gt
+
+    def slow_psnr(*_):
+        time.sleep(0.1)
+        return 30.0
+
+    monkeypatch.setattr(trainer, "restored_pixels", slow_restore)
+    monkeypatch.setattr(trainer, "psnr", slow_psnr)
+    monkeypatch.setitem(trainer.MEASURES, "psnr", slow_psnr)
+    images = data.ValidationImages(None, n=10)
+    images[0]  # the images are drawn before
+    for i in range(10):
+        images[i]
+    begin = time.perf_counter()
+    means, _ = trainer.evaluate(Same(), images, Config(measures=("psnr",)))
+    assert means == {"psnr": 30.0, "input_psnr": 30.0, "exact": 10}
+    assert time.perf_counter() - begin < (10 * 0.2 + 10 * 0.2) / 1.5
