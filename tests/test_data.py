@@ -13,6 +13,7 @@ import time
 import types
 import warnings
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -500,6 +501,223 @@ def test_degradations_take_plain_values_and_chain():
     )
     assert lq.shape == (16, 24, 3) and lq.dtype == np.uint8
     assert np.mean((lq.astype(int) - data.imresize(gt, 0.5)) ** 2) < 300
+
+
+# ---- blind degradations ----
+def test_kernels_are_the_authors():
+    """Rows of KAIR's anisotropic_Gaussian, fspecial_gaussian and shift_pixel, and of BasicSR's
+    bivariate_generalized_Gaussian, bivariate_plateau and circular_lowpass_kernel."""
+    wanted = [
+        (
+            data.bell_kernel(7, 2**0.5, 0.5**0.5, 0.7)[:, 4],
+            [0.000020148, 0.001320653, 0.021833083, 0.091035665, 0.095736629, 0.025393043],
+        ),
+        (
+            data.bell_kernel(7, 1.3, 1.3)[3],
+            [0.006646155, 0.029175472, 0.070873906, 0.095274321, 0.070873906, 0.029175472],
+        ),
+        (
+            data.shifted_kernel(25, 1.2, 1.5)[10, 8:14],
+            [0.013830493, 0.045081648, 0.08047958, 0.08047958, 0.045081648, 0.013830493],
+        ),
+        (
+            data.bell_kernel(7, 1.5, 0.8, -0.4, 0.6)[2],
+            [0.011321287, 0.01914554, 0.030153557, 0.041491181, 0.043654973, 0.033894388],
+        ),
+        (
+            data.bell_kernel(7, 1.5, 0.8, -0.4, 1.7, plateau=True)[2],
+            [0.003572972, 0.008613189, 0.023951786, 0.05897936, 0.068520168, 0.032820627],
+        ),
+        (
+            data.sinc_kernel(7, 2.0)[3],
+            [-0.036198643, -0.012960707, 0.226359309, 0.392491022, 0.226359309, -0.012960707],
+        ),
+        (
+            data.sinc_kernel(21, 2.0)[0, :4],
+            [0.002239979, 0.002947638, -0.001080166, -0.004032309],
+        ),
+    ]
+    for kernel, row in wanted:
+        assert np.allclose(kernel[: len(row)], row, rtol=0, atol=1e-9)
+
+
+def test_bessel_function():
+    """Abramowitz and Stegun, tables 9.1 and 9.2; J1(44) by SciPy."""
+    values = data.bessel_j1(np.array([0, 1, 10, 44.0]))
+    assert np.allclose(values, [0, 0.4400505857, 0.0434727462, -0.0828033594], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shrunk", "enlarged"),
+    [
+        ("bilinear", [0.6333333, 0.7, 0.6666667], [0.1, 0.54, 0.75, 0.33, 0.56]),
+        ("bicubic", [0.7148147, 0.7, 0.7407407], [0.034975, 0.6062063, 0.834375, 0.3114754]),
+        ("box", [0.4714286, 0.4428571, 0.5428572], [0.1, 0.5571429, 0.8142858, 0.3, 0.5857143]),
+        ("area", [0.4333333, 0.4, 0.4666667], [0.1, 0.5, 0.6, 0.3, 0.5]),
+    ],
+)
+def test_resizing_is_opencvs_and_torchs(kind, shrunk, enlarged):
+    """cv2.resize by INTER_LINEAR, INTER_CUBIC, INTER_AREA; torch's interpolate by area."""
+    row = np.array([0.1, 0.9, 0.3, 0.7, 0.2, 0.8, 0.4], np.float32)
+    image = np.tile(row[:, None, None], (1, 7, 3))
+    for turned in (image, image.swapaxes(0, 1)):
+        for size, want in ((3, shrunk), (10, enlarged)):
+            out = data.resize(turned, size, size, kind)
+            line = out[:, 0, 0] if turned is image else out[0, :, 2]
+            assert out.shape == (size, size, 3) and out.dtype == np.float32
+            assert np.allclose(line[: len(want)], want, rtol=0, atol=2e-6)
+    assert data.resize(image, 7, 7, kind) is image
+
+
+def test_convolution_mirrors_the_border():
+    rng = np.random.default_rng(0)
+    image = rng.random((9, 14, 3)).astype(np.float32)
+    kernel = rng.random((5, 5))
+    padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), "reflect")
+    want = sum(
+        kernel[4 - y, 4 - x] * padded[y : y + 9, x : x + 14] for y in range(5) for x in range(5)
+    )
+    assert np.allclose(data.convolve(image, kernel), want, atol=1e-5)
+
+
+def test_sharpening():
+    flat = np.full((60, 70, 3), 90, np.uint8)
+    assert np.array_equal(data.sharpen(flat), flat)
+    image = flat.copy()
+    image[20:40, 20:45] = 100  # below the threshold of 10
+    assert np.array_equal(data.sharpen(image), image)
+    image[20:40, 20:45] = 190
+    for dtype, unit in ((np.uint8, 1), (np.uint16, 257)):
+        sharp = data.sharpen(image.astype(dtype) * dtype(unit))
+        assert sharp.dtype == dtype and sharp.shape == image.shape
+        assert sharp[21, 22, 0] > 195 * unit and sharp[18, 22, 0] < 85 * unit
+
+
+BLIND = ("bsrgan", "realesrgan")
+
+
+@pytest.mark.parametrize("name", BLIND)
+@pytest.mark.parametrize("scale", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_blind_degradations_take_any_image(name, scale, in_chans):
+    degrade = data.DEGRADATIONS[name].function
+    for n, (height, width) in enumerate(((1, 2), (2, 7), (40, 24), (40, 40))):
+        for dtype in (np.uint8, np.uint16):
+            gt = photo(height * scale, width * scale, in_chans, dtype=dtype)
+            before = gt.copy()
+            lq = degrade(gt, data.sample_rng(0, n), scale)
+            assert lq.shape == (height, width, in_chans) and lq.dtype == np.uint8
+            assert np.array_equal(lq, degrade(gt, data.sample_rng(0, n), scale))
+            assert np.array_equal(gt, before)
+    assert degrade(gt, np.random.RandomState(0), scale).shape == lq.shape
+
+
+@pytest.mark.parametrize("name", BLIND)
+@pytest.mark.parametrize(("scale", "in_chans"), [(4, 3), (2, 1)])
+def test_blind_pairs_depend_neither_on_workers_nor_on_threads(folder, name, scale, in_chans):
+    dataset = PairedImageDataset(folder, degradation=name, scale=scale, in_chans=in_chans)
+    want = stream(dataset, batches=3)
+    lq, gt = want[0]
+    assert lq.shape == (4, in_chans, 32 // scale, 32 // scale)
+    assert gt.shape == (4, in_chans, 32, 32)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 + threads % 2)
+    again = stream(dataset, batches=3)
+    torch.set_num_threads(threads)
+    assert same(want, again)
+    assert same(want, stream(dataset, batches=3, num_workers=2))
+
+
+@pytest.mark.parametrize("name", BLIND)
+def test_sharpened_in_training_but_not_in_validation(tmp_path, name):
+    img = photo(200, 200)
+    save(tmp_path / "x.png", img)
+    options = {"degradation": name, "scale": 4}
+    dataset = PairedImageDataset(tmp_path, gt_size=200, use_hflip=False, use_rot=False, **options)
+    gt = dataset[3][1].permute(1, 2, 0).numpy()
+    sharpened = name == "realesrgan"
+    assert np.array_equal(gt, data.sharpen(img) if sharpened else img)
+    assert sharpened == (not np.array_equal(gt, img))
+
+    images = ValidationImages(tmp_path, **options)
+    assert np.array_equal(images[0]["gt"], img)
+    want = data.DEGRADATIONS[name].function(img, data.sample_rng(0, 0), 4)
+    assert np.array_equal(images[0]["lq"].permute(1, 2, 0) * 255, want.astype(np.float32))
+
+
+@pytest.mark.parametrize("name", BLIND)
+def test_blind_validation_is_fixed_by_number(tmp_path, name):
+    for i in range(3):
+        save(tmp_path / f"{i}.png", photo(64, 80))
+    images = [ValidationImages(tmp_path, degradation=name, scale=4) for _ in range(2)]
+    assert all(torch.equal(images[0][i]["lq"], images[1][i]["lq"]) for i in (2, 0, 1))
+    assert not torch.equal(images[0][0]["lq"], images[0][1]["lq"])
+
+
+@pytest.mark.parametrize("name", BLIND)
+def test_16_bit_files_give_blind_pairs_of_floats(tmp_path, name):
+    save(tmp_path / "x.png", photo(90, 90, 1, dtype=np.uint16))
+    options = {"degradation": name, "scale": 2, "gt_size": 64, "in_chans": 1}
+    lq, gt = PairedImageDataset(tmp_path, **options)[1]
+    assert lq.dtype == gt.dtype == torch.float32
+    assert lq.min() >= 0 and lq.max() <= 1 and gt.max() > 0.5
+
+
+def test_ranges_of_blind_degradations(monkeypatch):
+    """Every quality of JPEG lies in its range; so does what else is drawn."""
+    gt = photo(64, 64)
+    qualities = []
+    compress = data.compress_jpeg
+
+    def remember(gt, rng, scale=1, *, quality):
+        quality = round(data.draw(rng, quality))
+        qualities.append(quality)
+        return compress(gt, rng, quality=quality)
+
+    monkeypatch.setattr(data, "compress_jpeg", remember)
+    for name in BLIND:
+        degrade = data.DEGRADATIONS[name].function
+        for jpeg_range in ((30, 95), (60, 61), 50):
+            qualities.clear()
+            for n in range(100):
+                degrade(gt, data.sample_rng(0, n), 4, jpeg_range=jpeg_range)
+            low, high = np.broadcast_to(jpeg_range, 2)
+            assert low <= min(qualities) <= low + 2 and high - 2 <= max(qualities) <= high
+            assert 180 <= len(qualities) <= 200
+    rng = data.sample_rng(0, 0)
+    assert {data.draw_integer(rng, (3, 6)) for _ in range(99)} == {3, 4, 5, 6}
+    for order in (data.FIRST, data.SECOND):
+        kernels = [data.draw_kernel(rng, order.sigma) for _ in range(300)]
+        assert {len(kernel) for kernel in kernels} == set(range(7, 22, 2))
+        assert all(abs(kernel.sum() - 1) < 1e-9 for kernel in kernels)
+        assert 10 < sum(kernel.min() < 0 for kernel in kernels) < 60  # sinc: a tenth
+
+
+def test_steps_of_bsrgan_come_in_any_order():
+    rng = data.sample_rng(0, 0)
+    chains = [data.bsrgan_steps(rng) for _ in range(2000)]
+    counts = Counter(map(tuple, chains))
+    assert len(counts) == 6 * 5 * 4 * 3 // 2  # permutations of 6, with 2 + 2 alike
+    assert min(counts.values()) > 2
+    assert all(chain.index("shrink") < chain.index("fit") for chain in chains)
+
+
+@pytest.mark.parametrize(("name", "mean"), [("bsrgan", 22.2), ("realesrgan", 23.7)])
+def test_strength_of_blind_degradations(name, mean):
+    """PSNR against bicubic downscaling, of a fixed set of draws."""
+    figures = []
+    for n in range(60):
+        gt = data.dead_leaves(0, n % 6, 256)
+        lq = data.DEGRADATIONS[name].function(gt, data.sample_rng(0, n), 4)
+        error = lq.astype(float) - imresize(gt, 0.25)
+        figures.append(10 * np.log10(255**2 / np.mean(error**2)))
+    assert abs(np.mean(figures) - mean) < 1 and np.std(figures) > 1.5
+
+
+@pytest.mark.parametrize("jpeg_range", [0, (0, 50), (60, 50), (50,)])
+def test_a_wrong_range_is_named(folder, jpeg_range):
+    with pytest.raises(data.UserError, match="jpeg_range"):
+        PairedImageDataset(folder, degradation="bsrgan", gt_size=32, jpeg_range=jpeg_range)
 
 
 # ---- pairs ----
