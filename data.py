@@ -785,6 +785,7 @@ def bell_kernel(
 
     r: the distance from the middle in units of sigma_x along `angle`, and of sigma_y across it.
     """
+    sigma_x, sigma_y = max(sigma_x, 1e-3), max(sigma_y, 1e-3)  # by which 0 is no blur
     y, x = np.mgrid[:size, :size] - size // 2
     along = (math.cos(angle) * x + math.sin(angle) * y) / sigma_x
     across = (math.cos(angle) * y - math.sin(angle) * x) / sigma_y
