@@ -682,6 +682,8 @@ def realesrgan(
 ) -> np.ndarray:
     """Real-ESRGAN: blur, resizing, noise and JPEG, twice, with a sinc filter at the end.
 
+    JPEG is that of image files. Real-ESRGAN imitates it on the GPU, with coarser colour edges.
+
     jpeg_range: quality of each JPEG: 1 to 100, or (low, high).
     """
     height, width = gt.shape[0] // scale, gt.shape[1] // scale
