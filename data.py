@@ -11,6 +11,7 @@ low-quality partner, `scale` times smaller. Sample n is a pure function of (seed
 
 import codecs
 import contextlib
+import errno
 import inspect
 import io
 import json
@@ -20,11 +21,12 @@ import shutil
 import signal
 import sys
 import time
+import unicodedata
 import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,6 +86,16 @@ LAYOUTS = {
 }
 INEXACT_RAW_MODES = ("LA;16B", "BGR;15", "BGR;16")  # 16-bit gray with alpha; 5 bits in BMP
 TIFF_CHANNELS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3}  # by PhotometricInterpretation, without alpha
+
+
+# EXIF's main tags that don't describe how the pixels were stored
+EXIF_TAGS = (
+    *("ImageDescription", "Make", "Model", "Software", "DateTime", "Artist", "HostComputer"),
+    *("XResolution", "YResolution", "ResolutionUnit", "Copyright"),
+)
+EXIF_TAGS = tuple(ExifTags.Base[name].value for name in EXIF_TAGS)
+# Entries of Pillow's image.info that restored files lack
+DROPPED_INFO = {"gamma": "its gamma", "xmp": "its XMP data", "comment": "its comment"}
 
 
 class Header(NamedTuple):
@@ -156,6 +168,11 @@ def read_metadata(path: str | Path) -> tuple[dict[str, bytes], str]:
                 metadata["icc_profile"] = profile
             else:
                 dropped.append("its colour profile, which is not for gray or RGB pixels")
+        for key, what in DROPPED_INFO.items():
+            if key in image.info:
+                dropped.append(what)
+        if getattr(image, "text", None):
+            dropped.append("its texts")
         try:
             exif = upright_exif(image)
             if len(exif):
@@ -166,15 +183,19 @@ def read_metadata(path: str | Path) -> tuple[dict[str, bytes], str]:
 
 
 def upright_exif(image: Image.Image) -> Image.Exif:
-    """Without what no longer holds for the upright and perhaps enlarged image."""
+    """A copy that has what still holds for the upright and perhaps enlarged pixels."""
     exif = image.getexif()
-    exif.pop(ORIENTATION, None)
-    if ExifTags.IFD.Exif in exif:
-        details = exif.get_ifd(ExifTags.IFD.Exif)
-        details.pop(ExifTags.Base.ExifImageWidth, None)
-        details.pop(ExifTags.Base.ExifImageHeight, None)
-    exif.get_ifd(ExifTags.IFD.IFD1).clear()  # a thumbnail
-    return exif
+    copy = Image.Exif()
+    for tag in EXIF_TAGS:
+        if tag in exif:
+            copy[tag] = exif[tag]
+    for part in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
+        if part in exif:
+            copy.get_ifd(part).update(exif.get_ifd(part))
+    details = copy.get_ifd(ExifTags.IFD.Exif) if ExifTags.IFD.Exif in exif else {}
+    for tag in (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight):
+        details.pop(tag, None)
+    return copy
 
 
 @contextlib.contextmanager
@@ -202,7 +223,9 @@ def layout_of(image: Image.Image) -> str:
         bits = 16
     if image.format == "TIFF":
         bits = check_tiff(image)
-    if (bits, image.mode) in LAYOUTS and raw not in INEXACT_RAW_MODES:
+    transparent = image.info.get("transparency") is not None
+    known = (bits, image.mode) in LAYOUTS and raw not in INEXACT_RAW_MODES
+    if known and not (transparent and LAYOUTS[bits, image.mode] == "16-bit gray"):
         return LAYOUTS[bits, image.mode]
     advice = "save it with 8 or 16 bits per channel, as gray without alpha or as RGB"
     raise UserError(f"{bits} bits, mode {image.mode} {raw}: {advice}")
@@ -287,7 +310,9 @@ def describe_error(error: Exception) -> str:
         return str(error)
     if isinstance(error, PIL.UnidentifiedImageError):
         return "damaged, or of an unknown format or layout: save it as a plain PNG"
-    return repr(error)
+    if isinstance(error, OSError) and error.errno:  # of the file system
+        return f"{error.strerror}: see to the file, the drive or the network"
+    return f"{error!r}: repair or remove it"
 
 
 def write_image(
@@ -338,8 +363,20 @@ def write_whole(path: Path, content: bytes) -> None:
     """Under a temporary name first: the file is there once it is whole."""
     # Short, because the name itself may have the greatest length that is allowed.
     partial_path = path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.partial")
-    partial_path.write_bytes(content)
-    partial_path.replace(path)
+    try:
+        partial_path.write_bytes(content)
+        partial_path.replace(path)
+    except OSError as error:
+        partial_path.unlink(missing_ok=True)
+        raise UserError(
+            f"{path} can't be written ({error.strerror}): {disk_advice(error)}"
+        ) from None
+
+
+def disk_advice(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "make room"
+    return "see to the permissions, the drive or the network"
 
 
 def fit_name(name: str) -> str:
@@ -1406,8 +1443,8 @@ def match(
     LQ image is used once. A damaged file and its partner are in no pair, and no problem here.
     """
     names = [*lq.names, *(name for name, _ in lq.problems)]  # those after len(lq.names): damaged
-    by_name = {name: j for j, name in enumerate(names)}
-    by_stem = {os.path.splitext(name)[0]: j for j, name in enumerate(names)}
+    by_name = {same_letters(name): j for j, name in enumerate(names)}
+    by_stem = {os.path.splitext(name)[0]: j for name, j in by_name.items()}
     free = set(range(len(names)))
     folders = set()  # of LQ images, that hold partners
     group = []
@@ -1417,7 +1454,7 @@ def match(
         path = Path(name)
         partner = path.parent / filename_tmpl.replace("{}", path.stem)
         folders.add(partner.parent)
-        partner = partner.as_posix()
+        partner = same_letters(partner.as_posix())
         j = by_name.get(partner + path.suffix, by_name.get(partner, by_stem.get(partner)))
         if j not in free:
             if i < len(gt.names):
@@ -1443,6 +1480,11 @@ def match(
             if j < len(lq.names) and not elsewhere:
                 problems.append(f"{lq.root}/{names[j]} is no image's partner in {gt.root}")
     return group
+
+
+def same_letters(name: str) -> str:
+    """ü is one character or two: macOS writes names in another way than Linux."""
+    return unicodedata.normalize("NFC", name)
 
 
 def raise_problems(problems: list[str], roots: list[Any], options: dict[str, Any]) -> None:
@@ -1862,13 +1904,21 @@ class Prefetcher:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.thread.shutdown(cancel_futures=True)
-        if hasattr(self.batches, "_shutdown_workers"):  # an error's traceback may keep them alive
-            workers = list(self.batches._workers)
-            self.batches._shutdown_workers()
+        for batch in self.ready:
+            batch.cancel()
+        workers = list(getattr(self.batches, "_workers", []))
+        if wait(self.ready, timeout=10).not_done:
+            # The thread waits for a batch that never comes, until it sees that workers are gone.
             for worker in workers:
-                if worker.is_alive():  # it ignores SIGTERM
+                with contextlib.suppress(RuntimeError):  # PyTorch's, about a worker that was killed
                     worker.kill()
+                    worker.join()
+        self.thread.shutdown()
+        if workers:  # an error's traceback may keep them alive
+            self.batches._shutdown_workers()
+        for worker in workers:
+            if worker.is_alive():  # it ignores SIGTERM
+                worker.kill()
 
 
 # Command line

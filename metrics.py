@@ -568,15 +568,21 @@ class Log:
 
     def take_back(self, start: int) -> None:
         """Removes the events after iteration `start`, and a last line that a crash has cut."""
-        kept = []
-        if self.file.exists():
-            for line in self.file.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):
-                    if json.loads(line)["iter"] <= start:
-                        kept.append(line + "\n")
+        kept = [json.dumps(event) + "\n" for event in self.events() if event["iter"] <= start]
         partial = self.file.with_name("log.jsonl.partial")
         partial.write_text("".join(kept), encoding="utf-8")
         partial.replace(self.file)
+
+    def events(self) -> list[dict[str, Any]]:
+        """Those in log.jsonl, without lines that a crash has spoilt."""
+        events = []
+        if self.file.exists():
+            for line in self.file.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError):
+                    event = json.loads(line)
+                    if isinstance(event, dict) and "iter" in event:
+                        events.append(event)
+        return events
 
     def __call__(self, text: str) -> None:
         """A line for people."""
@@ -584,10 +590,17 @@ class Log:
             return
         with contextlib.suppress(OSError):  # the terminal may have been closed
             tqdm.write(text)
-        with open(
-            self.folder / "log.txt", "a", encoding="utf-8", errors="backslashreplace"
-        ) as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        self.append("log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
+
+    def append(self, name: str, line: str) -> None:
+        """A log that can't be written stops no training."""
+        try:
+            path = self.folder / name
+            with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                tqdm.write(f"warning: {path} can't be written: {error}")
 
     def event(
         self, kind: str, text: str, it: int, pictures: dict[str, Any] | None = None, **values: Any
@@ -600,27 +613,40 @@ class Log:
             return
         self(text)
         values = finite_or_none(values)
-        with open(self.file, "a", encoding="utf-8") as file:
-            entry = {"event": kind, "iter": it} | values
-            file.write(json.dumps(entry, allow_nan=False) + "\n")
+        entry = {"event": kind, "iter": it} | values
+        self.append(self.file.name, json.dumps(entry, allow_nan=False))
 
         # Evaluations stay out of the curves of the training.
         prefix = "eval" if values.get("eval_only") else kind
         if "dataset" in values:
             prefix += f"/{values['dataset']}"
         scalars = {f"{prefix}/{k}": v for k, v in values.items() if isinstance(v, float)}
-        pictures = pictures or {}
-        if self.board:
-            for name, value in scalars.items():
-                self.board.add_scalar(name, value, it)
-            for name, picture in pictures.items():
-                self.board.add_image(name, np.atleast_3d(picture), it, dataformats="HWC")
-            self.board.flush()
-        if self.run:
-            images = {name: self.wandb.Image(picture) for name, picture in pictures.items()}
-            self.run.log(scalars | images, it)
+        self.send(scalars, pictures or {}, it)
         if kind == "val" and it > 0:  # at 0, an evaluation of pretrain_network, there is no curve
-            self.draw_curves()
+            try:
+                self.draw_curves()
+            except Exception as error:  # of matplotlib's files and fonts
+                self(f"warning: curves.png can't be drawn: {error!r}")
+
+    def send(self, scalars: dict[str, float], pictures: dict[str, Any], it: int) -> None:
+        """To TensorBoard and W&B. One that fails is left out from then on."""
+        try:
+            if self.board:
+                for name, value in scalars.items():
+                    self.board.add_scalar(name, value, it)
+                for name, picture in pictures.items():
+                    self.board.add_image(name, np.atleast_3d(picture), it, dataformats="HWC")
+                self.board.flush()
+        except Exception as error:  # of the disk
+            self.board = None
+            self(f"warning: no more is logged to TensorBoard: {error!r}")
+        try:
+            if self.run:
+                images = {name: self.wandb.Image(picture) for name, picture in pictures.items()}
+                self.run.log(scalars | images, it)
+        except Exception as error:  # of the network, of W&B's process
+            self.run = None
+            self(f"warning: no more is logged to W&B: {error!r}")
 
     def draw_curves(self) -> None:
         """curves.png, if matplotlib is installed."""
@@ -628,7 +654,7 @@ class Log:
             from matplotlib.figure import Figure
         except ImportError:
             return
-        events = [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines()]
+        events = self.events()
         figure = Figure((12, 3.5), layout="constrained")
         titles = {"loss": "loss", "lr": "lr", "psnr": "PSNR, dB"}
         for axis, (key, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
@@ -789,7 +815,7 @@ def images_by_name(folder: Path, template: str = "{}") -> dict[str, Path]:
     found = {}
     for path in paths:
         name = template.replace("{}", path.name if path in alike else path.stem)
-        found[(path.parent / name).as_posix()] = folder / path
+        found[data.same_letters((path.parent / name).as_posix())] = folder / path
     return found
 
 

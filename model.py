@@ -794,9 +794,21 @@ def read_file(path: Path) -> dict[str, Any]:
                 content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # unpickling a damaged file raises anything
             raise UserError(why_unreadable(path, start, error)) from error
+    if not checksums_agree(path):
+        raise UserError(f"it is damaged: {AGAIN}")
     if not isinstance(content, dict):
         raise UserError(f"it holds a {type(content).__name__}, not a dict of tensors")
     return content
+
+
+def checksums_agree(path: Path) -> bool:
+    """torch.load doesn't compare those of its zip files."""
+    if not zipfile.is_zipfile(path):  # the format before torch 1.6
+        return True
+    try:
+        return zipfile.ZipFile(path).testzip() is None
+    except Exception:  # a damaged file raises anything
+        return False
 
 
 def is_safetensors(start: bytes) -> bool:
@@ -842,6 +854,8 @@ def why_unreadable(path: Path, start: bytes, error: Exception) -> str:
     """What is wrong with a file that torch.load refused, and the remedy."""
     if not start:
         return f"it is empty: {AGAIN}"
+    if not any(start):
+        return f"it is damaged, all zeros: {AGAIN}"
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
     for first, remedy in FIRST_BYTES.items():
         if text.startswith(first):
@@ -910,6 +924,8 @@ def unwrap(file: dict[str, Any], param_key: str) -> dict[str, Tensor]:
         return state_dict
 
     names = listed(map(repr, [*found, *prefixes_in(state_dict)]))
+    if "param_groups" in file:
+        raise UserError("it is an optimizer's state: give the network's file beside it")
     if not names and not bare:
         raise UserError("it holds no weights")
     names = names or "weights without a name"
@@ -1199,6 +1215,8 @@ def restore_pixels(
     if alpha.shape[1]:
         alpha = F.interpolate(alpha, output.shape[2:], mode="bicubic")
         output = torch.cat([output, alpha], 1)
+    if not output.isfinite().all():
+        raise UserError("the network's output isn't finite: its weights are spoilt")
     output = output.clamp(0, 1).mul(peak).round()
     return output[0].permute(1, 2, 0).numpy().astype(pixels.dtype)
 

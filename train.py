@@ -53,6 +53,7 @@ from data import (
     UserError,
     ValidationImages,
     dataset_options,
+    disk_advice,
     fit_name,
     imresize,
     options_of_degradation,
@@ -1631,7 +1632,7 @@ def newest_whole_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any
     foreign = []
     for file in files:
         known = STATE_NAME.fullmatch(file.name) or NETWORK_NAME.fullmatch(file.name)
-        if not known and not file.name.startswith("."):
+        if not known and not file.name.startswith(".") and file.suffix != ".partial":
             foreign.append(file.name)
     if foreign:
         print(f"note: ignored in {folder}, as not written by train.py: {', '.join(foreign[:5])}")
@@ -1689,15 +1690,16 @@ def write_file(path: Path, content: Any) -> None:
             partial.write_text(content, encoding="utf-8")
         else:
             torch.save(content, partial)
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
+        with open(partial, "rb+") as file, contextlib.suppress(OSError):
+            os.fsync(file.fileno())  # some network drives can't
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         partial.unlink(missing_ok=True)
         if "DataLoader worker" in str(error):  # one has died; raised in whatever is running
             raise
-        advice = "make room, and run the same command to continue"
-        raise UserError(f"{path} can't be written: {error}; {advice}") from None
+        advice = disk_advice(error) if isinstance(error, OSError) else "make room"
+        sentence = f"{path} can't be written: {error}; {advice}"
+        raise UserError(f"{sentence}, and run the same command to continue") from None
 
 
 def lock_existing(folder: Path, rank: int) -> Any:
@@ -1855,6 +1857,8 @@ def run(argv: list[str]) -> int:
         return main(load_config(argv))
     except (*USER_ERRORS, OSError) as error:
         sentence = error
+        if "temporary directory" in str(error):
+            sentence = f"{error} (set TMPDIR to a folder that can be written)"
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

@@ -1,6 +1,7 @@
 """What data.py promises: exact pixels, exact streams, and one sentence for what is wrong."""
 
 import contextlib
+import errno
 import functools
 import io
 import itertools
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 import types
+import unicodedata
 import warnings
 import zlib
 from collections import Counter
@@ -1620,3 +1622,61 @@ def test_further_frames_are_said_to_be_dropped(tmp_path):
     images[0].save(tmp_path / "x.tif", save_all=True, append_images=images[1:])
     _, dropped = data.read_metadata(tmp_path / "x.tif")
     assert dropped.endswith("x.tif: dropped: all but the first of 3 pages or frames")
+
+
+def test_16_bit_gray_with_transparency_is_refused(tmp_path):
+    save_png16(tmp_path / "x.png", photo(9, 7, 1, dtype=np.uint16))
+    content = (tmp_path / "x.png").read_bytes()
+    place = content.index(b"IDAT") - 4
+    changed = content[:place] + chunk(b"tRNS", b"\0\x05") + content[place:]
+    (tmp_path / "x.png").write_bytes(changed)
+    with pytest.raises(ValueError, match=r"x\.png can't be read .16 bits, mode I;16"):
+        read_image(tmp_path / "x.png")
+
+
+def test_exif_of_a_tiff_says_nothing_of_its_strips(tmp_path):
+    exif = Image.Exif()
+    exif[0x010F] = "Maker"
+    Image.fromarray(photo(16, 24)).save(tmp_path / "x.tif", exif=exif, compression="tiff_lzw")
+    metadata, _ = data.read_metadata(tmp_path / "x.tif")
+    data.write_image(tmp_path / "y.png", photo(32, 48), **metadata)
+    with Image.open(tmp_path / "y.png") as image:
+        written = dict(image.getexif())
+    assert written[0x010F] == "Maker" and not set(written) & {256, 257, 258, 259, 262, 273, 278}
+
+
+def test_what_a_restored_png_lacks_is_said(tmp_path):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("prompt", "a photo")
+    text.add(b"gAMA", struct.pack(">I", 100000))
+    Image.fromarray(photo(8, 8)).save(tmp_path / "x.png", pnginfo=text)
+    _, dropped = data.read_metadata(tmp_path / "x.png")
+    assert dropped.endswith("x.png: dropped: its gamma, its texts")
+
+
+def test_names_of_two_systems_are_the_same(tmp_path):
+    for form, root in (("NFC", "gt"), ("NFD", "lq")):
+        save(tmp_path / root / (unicodedata.normalize(form, "Müller") + ".png"), photo(16, 16))
+    assert len(PairedImageDataset(tmp_path / "gt", tmp_path / "lq", gt_size=16)) == 1
+
+
+def test_a_full_disk_leaves_no_partial_file(tmp_path, monkeypatch):
+    def full(self, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(ValueError, match=r"x\.png can't be written \(No space .*: make room"):
+        data.write_image(tmp_path / "x.png", photo(8, 8))
+    assert not list(tmp_path.iterdir())
+
+
+def test_leaving_a_prefetcher_whose_worker_hangs_takes_seconds(folder):
+    class Hanging(torch.utils.data.Dataset):
+        def __getitem__(self, i):
+            time.sleep(1000)
+
+    begin = time.perf_counter()
+    loader = train_loader(Hanging(), iter([[0], [1], [2]]), num_workers=1)
+    with Prefetcher(loader, "cpu"):
+        pass
+    assert time.perf_counter() - begin < 40

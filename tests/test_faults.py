@@ -110,7 +110,10 @@ def test_a_full_disk_is_told_and_harms_no_checkpoint(tmp_path):
     photos(tmp_path / "gt")
     assert train(tmp_path, "--dataroot_gt=gt", "--total_iters=2")[0] == 0
     command = [sys.executable, str(ROOT / "train.py"), *SMALL.split(), "--dataroot_gt=gt"]
-    for limit, words in ((50_000, "net_g_4.pth can't be written"), (1_000, "error: [Errno 27]")):
+    for limit, words in (
+        (50_000, "net_g_4.pth can't be written"),
+        (1_000, "config.json can't be written: [Errno 27]"),
+    ):
 
         def full(limit=limit):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

@@ -485,7 +485,7 @@ def test_cli_wrong_arguments(tmp_path: Path, call) -> None:
     for arguments, words in {
         (image, tmp_path / "gt"): "two images or two folders",
         (tmp_path / "absent", tmp_path / "gt"): "absent",
-        (tmp_path / "absent.png", image): "absent.png can't be read (FileNotFoundError",
+        (tmp_path / "absent.png", image): "absent.png can't be read (No such file",
         (tmp_path / "none", tmp_path / "gt"): "none' holds no images",
         (image, image, "--crop_border=12"): "a: crop_border=12",
         (image, image, "--crop_border=x"): "invalid int value",
@@ -697,3 +697,25 @@ def test_gan_losses_by_hand() -> None:
         assert discriminator(scores, real=True) == pytest.approx(float(real), rel=1e-6)
         assert discriminator(scores, real=False) == pytest.approx(float(fake), rel=1e-6)
         assert generator(scores, real=True) == pytest.approx(float(generated), rel=1e-6)
+
+
+def test_a_log_that_was_spoilt_or_fails_stops_no_training(tmp_path: Path, monkeypatch) -> None:
+    log = metrics.Log(tmp_path)
+    log.event("train", "line", 1, loss=1.0)
+    with (tmp_path / "log.jsonl").open("ab") as file:
+        file.write(b'12\n\xff\xfe\x80\n{"event": "train"}\n')
+    log = metrics.Log(tmp_path, start=9)
+    assert [event["iter"] for event in log.events()] == [1]
+
+    class Failing:
+        def log(self, *_):
+            raise BrokenPipeError("W&B has gone")
+
+    log.run, log.wandb = Failing(), None
+    log.event("train", "line", 2, loss=1.0)
+    monkeypatch.setattr(log, "draw_curves", lambda: 1 / 0)
+    log.event("val", "line", 3, psnr=1.0)
+    text = (tmp_path / "log.txt").read_text()
+    assert text.count("no more is logged to W&B: BrokenPipeError") == 1
+    assert "curves.png can't be drawn: ZeroDivisionError" in text
+    assert [event["iter"] for event in log.events()] == [1, 2, 3]

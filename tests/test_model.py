@@ -1159,3 +1159,24 @@ def test_the_discriminator_has_the_published_keys_and_normalises():
         assert torch.linalg.matrix_norm(weight, 2).item() == pytest.approx(1, abs=1e-3)
         u = net.conv3.weight_u.clone()
         assert torch.allclose(net.eval()(x), y, atol=1e-4) and torch.equal(net.conv3.weight_u, u)
+
+
+def test_spoilt_weights_and_optimizers_are_named(tmp_path):
+    net = identity()
+    with torch.no_grad():
+        net.conv_first.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="output isn't finite: its weights are spoilt"):
+        model.restore_pixels(net, np.zeros((8, 8, 3), np.uint8))
+    optimizer = torch.optim.Adam(net.parameters())
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pth")
+    with pytest.raises(ValueError, match="it is an optimizer's state: give the network's file"):
+        load(tmp_path / "optimizer.pth")
+    path = saved(tmp_path / "net.pth", identity())
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="it is damaged: copy or download it again"):
+        load(path)
+    path.write_bytes(bytes(5000))
+    with pytest.raises(ValueError, match="it is damaged, all zeros"):
+        load(path)
