@@ -191,10 +191,10 @@ def upright_exif(image: Image.Image) -> Image.Exif:
             copy[tag] = exif[tag]
     for part in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
         if part in exif:
-            copy.get_ifd(part).update(exif.get_ifd(part))
-    details = copy.get_ifd(ExifTags.IFD.Exif) if ExifTags.IFD.Exif in exif else {}
-    for tag in (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight):
-        details.pop(tag, None)
+            details = dict(exif.get_ifd(part))
+            details.pop(ExifTags.Base.ExifImageWidth, None)
+            details.pop(ExifTags.Base.ExifImageHeight, None)
+            copy[part] = details
     return copy
 
 

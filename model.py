@@ -1245,6 +1245,10 @@ def export_onnx(net: nn.Module, path: Path) -> str:
         if not worst < 1e-3:  # NaN isn't
             raise UserError(f"{path}: not written, because ONNX and PyTorch differ by {worst:.1e}")
         part.replace(path)
+    except Exception as error:
+        if isinstance(error.__cause__, ImportError):  # older versions of torch hide it
+            raise error.__cause__ from None
+        raise
     finally:
         part.unlink(missing_ok=True)
     return f"opset 18, any size, within {worst:.1e} of PyTorch at {len(sizes)} sizes"

@@ -1458,8 +1458,7 @@ def test_metadata_survive(tmp_path, channels, depth):
     exif = Image.Exif()
     exif[0x0112] = 6
     exif[0x010F] = "Maker"
-    exif.get_ifd(0x8769)[0x829A] = 0.5  # ExposureTime
-    exif.get_ifd(0x8769)[0xA002] = 24  # width
+    exif[0x8769] = {0x829A: 0.5, 0xA002: 24}  # exposure time, width
     icc = profile(b"GRAY" if channels == 1 else b"RGB ")
     Image.fromarray(photo(16, 24)).convert("L" if channels == 1 else "RGB").save(
         tmp_path / "x.jpg", exif=exif, icc_profile=icc
