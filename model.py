@@ -155,7 +155,6 @@ class SwinIR(nn.Module):
 
         # 3. Reconstruction
         self.make_head(in_chans, embed_dim, upscale, upsampler)
-
         self.initialize(init_std)
         self.register_load_state_dict_pre_hook(keep_own_buffers)
 

@@ -32,6 +32,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -315,6 +316,25 @@ def build_average(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, memo=shared).requires_grad_(False)
 
 
+def start_weights(
+    network: nn.Module, cfg: Config, device: torch.device, start: int, weights: dict[str, Any]
+) -> tuple[nn.Module, list[str]]:
+    """Moves the network to the device, with the weights of the checkpoint, or of pretrain_network.
+
+    Returns its average, and what to say about it.
+    """
+    notices = []
+    if cfg.pretrain_network and not start:
+        taken = load_weights(network, cfg.pretrain_network, cfg.param_key, cfg.strict_load)
+        notices.append(taken)
+    network.to(device, memory_format=torch.channels_last)
+    average = build_average(network) if cfg.ema_decay else network
+    if start:
+        average.load_state_dict(weights["params_ema"])
+        network.load_state_dict(weights["params"])  # second: `average` may be the network itself
+    return average, notices
+
+
 def build_loss(
     cfg: Config, device: torch.device, adversary: "Adversary | None" = None
 ) -> WeightedLoss:
@@ -355,13 +375,13 @@ def open_validation_sets(cfg: Config) -> dict[str, ValidationImages]:
 
 
 def train_step(
+    cfg: Config,
+    precision: str,
     ddp_model: nn.Module,
     criterion: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     micro_batches: list[list[Tensor]],
-    cfg: Config,
-    precision: str,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """One optimizer step on all micro-batches.
 
@@ -503,9 +523,8 @@ class Adversary:
         self.precision = hardware.precision
         device = hardware.device
         network = DISCRIMINATORS[cfg.discriminator](cfg.in_chans, cfg.discriminator_features)
-        self.notice = ""
         if cfg.pretrain_discriminator:
-            self.notice = load_weights(network, cfg.pretrain_discriminator, "params")
+            load_weights(network, cfg.pretrain_discriminator, "params")
         self.network = network.to(device, memory_format=torch.channels_last)
         with torch.no_grad():  # the spectral normalisation starts from random vectors
             for _ in range(10):
@@ -515,6 +534,7 @@ class Adversary:
         example = torch.zeros(1, cfg.in_chans, cfg.gt_size, cfg.gt_size, device=device)
         self.ddp_model = distribute(network, hardware.world, example)
         self.discriminator_loss, self.loss_for_generator = GAN_LOSSES[cfg.gan_type]
+        self.lr_ratio = 1.0 if cfg.lr_d is None else cfg.lr_d / cfg.lr
         self.fakes: list[Tensor] = []  # the outputs of each micro-batch
 
     def parts(self) -> dict[str, Any]:
@@ -526,21 +546,24 @@ class Adversary:
         }
 
     def generator_loss(self, fake: Tensor) -> Tensor:
-        self.fakes.append(fake.detach())
+        self.fakes.append(fake.detach())  # after those of a step that ran out of memory
         self.network.requires_grad_(False)
         self.network.eval()  # no iteration of the spectral normalisation
         return self.loss_for_generator(self.network(fake).float(), real=True)
 
     def step(self, reals: Sequence[Tensor], lr: float) -> dict[str, Tensor]:
-        """One optimizer step, and its figures: the loss, and the mean scores of real and fake."""
+        """One optimizer step, and its figures: the loss, and the mean scores of real and fake.
+
+        lr: That of the network, in this iteration.
+        """
         self.network.requires_grad_(True)
         self.network.train()
         statistics = copy_statistics(self.network)
         self.optimizer.zero_grad()
-        set_lr(self.optimizer, lr)
+        set_lr(self.optimizer, lr * self.lr_ratio)
         count = len(reals)
         sums = torch.zeros(3, device=reals[0].device)
-        for i, (real, fake) in enumerate(zip(reals, self.fakes, strict=True)):
+        for i, (real, fake) in enumerate(zip(reals, self.fakes[-count:], strict=True)):
             self.ddp_model.require_backward_grad_sync = i == count - 1
             with autocast(real.device, self.precision):
                 scores = self.ddp_model(torch.cat([real, fake]))
@@ -555,6 +578,11 @@ class Adversary:
         restore_statistics(statistics, finite)
         names = ("d_loss", "d_real", "d_fake")
         return dict(zip(names, sums, strict=True)) | {"d_skipped": 1 - finite.float()}
+
+
+def build_adversary(cfg: Config, hardware: "Hardware") -> Adversary | None:
+    is_gan = GAN_TERM in parse_loss(cfg.loss)
+    return Adversary(cfg, hardware) if is_gan and not cfg.eval_only else None
 
 
 @torch.no_grad()
@@ -804,20 +832,10 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
     changes = check_resume(cfg, state, folder, val_sets)
     check_plan(cfg, world * (cfg.accumulate or 1))
     sampler = sample_batches(lambda it: plan_of(it, cfg), rank, world, start)
-    notices = dataset.notices
-    if cfg.pretrain_network and not start:
-        taken = load_weights(network, cfg.pretrain_network, cfg.param_key, cfg.strict_load)
-        notices = [*notices, taken]
-    network.to(device, memory_format=torch.channels_last)
-    average = build_average(network) if cfg.ema_decay else network
-    if start:
-        average.load_state_dict(weights["params_ema"])
-        network.load_state_dict(weights["params"])  # second: `average` may be the network itself
-    adversary = None
-    if GAN_TERM in parse_loss(cfg.loss) and not cfg.eval_only:
-        adversary = Adversary(cfg, hardware)
-        notices = [*notices, adversary.notice] if adversary.notice else notices
+    average, taken = start_weights(network, cfg, device, start, weights)
+    adversary = build_adversary(cfg, hardware)
     criterion = None if cfg.eval_only else build_loss(cfg, device, adversary)
+    notices = dataset.notices + taken
 
     # Folder and log: from here on, files are written
     wait_for_all(world)
@@ -842,17 +860,10 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
     side = cfg.gt_size // cfg.scale
     ddp_model = distribute(network, world, torch.zeros(1, cfg.in_chans, side, side, device=device))
     not_compiled = compile_layers(network, cfg, device)
-    accumulate = cfg.accumulate or fit_memory(network, cfg, hardware, state.get("accumulate"))
-    if world > 1 and not cfg.accumulate:
-        accumulate = try_memory(network, criterion, adversary, cfg, hardware, accumulate)
+    accumulate = choose_accumulate(network, criterion, cfg, hardware, state.get("accumulate"))
     describe_network(log, network, hardware, accumulate, not_compiled)
     describe_memory(log, network, cfg, hardware, accumulate)
-
-    def step(micro_batches: list[list[Tensor]]) -> tuple[dict[str, Tensor], Tensor]:
-        if adversary:
-            adversary.fakes.clear()  # of a step that ran out of memory
-        rest = (micro_batches, cfg, hardware.precision)
-        return train_step(ddp_model, criterion, optimizer, scaler, *rest)
+    step = partial(train_step, cfg, hardware.precision, ddp_model, criterion, optimizer, scaler)
 
     def save_network(name: str | int, it: int) -> None:
         path = folder / "models" / f"net_g_{name}.pth"
@@ -897,8 +908,7 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
             lr = set_lr(optimizer, lr_at(it, cfg))
             figures, finite, accumulate = step_that_fits(step, batch, accumulate, seed, world, log)
             if adversary:
-                lr_d = lr if cfg.lr_d is None else cfg.lr_d * lr / cfg.lr
-                figures |= adversary.step(batch[1].chunk(accumulate), lr_d)
+                figures |= adversary.step(batch[1].chunk(accumulate), lr)
             if cfg.ema_decay:
                 update_average(average, network, it, cfg.ema_decay)
             meter.add(figures, finite)
@@ -907,15 +917,10 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
 
             # Log, validate, save. Only reading values waits for a GPU.
             last = it == cfg.total_iters
-            if it - start in (10, 20):
-                clock.estimate(it, cfg.total_iters, device, log)
+            clock.estimate(it, cfg.total_iters, device, log)
             if it % cfg.print_freq == 0 or last:
-                means = meter.means()
-                means |= log_damaged(log, dataset, damaged)
+                means = meter.means() | log_damaged(log, dataset, damaged)
                 log_step(log, cfg, it, means, lr, clock, batches)
-                if means["skipped_in_a_row"] >= MOST_SKIPPED:
-                    sentence = f"stopped: no finite loss in {MOST_SKIPPED} steps"
-                    raise UserError(f"{sentence}; {FINITE_ADVICE}")
                 meter.reset()
                 clock.restart(it)
                 batches.wait = 0.0
@@ -997,7 +1002,10 @@ def log_step(
     clock: "Clock",
     batches: Prefetcher,
 ) -> None:
-    """The line and the event of training. `means` have been read, so the device has finished."""
+    """The line and the event of training. `means` have been read, so the device has finished.
+
+    Raises UserError if no step was finite for too long.
+    """
     seconds, steps = clock.read(it)
     waiting = batches.wait / seconds
     speed = clock.images / seconds
@@ -1020,6 +1028,8 @@ def log_step(
     values |= {"lr": lr, "time": seconds / steps, "data_time": batches.wait / steps}
     values |= {"img_per_s": speed, "max_mem_gb": torch.cuda.max_memory_allocated() / 1e9 or None}
     log.event("train", text, it, **values)
+    if means["skipped_in_a_row"] >= MOST_SKIPPED:
+        raise UserError(f"stopped: no finite loss in {MOST_SKIPPED} steps; {FINITE_ADVICE}")
 
 
 def log_damaged(log: Log, dataset: PairedImageDataset, known: set[str]) -> dict[str, float]:
@@ -1391,6 +1401,18 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def choose_accumulate(
+    network: nn.Module, criterion: nn.Module, cfg: Config, hardware: Hardware, before: int | None
+) -> int:
+    """Micro-batches per step and rank. `before`: those of the run that is continued."""
+    if cfg.accumulate:
+        return cfg.accumulate
+    accumulate = fit_memory(network, cfg, hardware, before)
+    if hardware.world > 1:
+        accumulate = try_memory(network, criterion, cfg, hardware, accumulate)
+    return accumulate
+
+
 def fit_memory(network: nn.Module, cfg: Config, hardware: Hardware, before: int | None) -> int:
     """The least number of micro-batches per step and rank that should fit into the memory.
 
@@ -1439,7 +1461,6 @@ def free_memory(hardware: Hardware) -> float:
 def try_memory(
     network: nn.Module,
     criterion: nn.Module,
-    adversary: Adversary | None,
     cfg: Config,
     hardware: Hardware,
     accumulate: int,
@@ -1461,8 +1482,6 @@ def try_memory(
                 raise
         accumulate = more_micro_batches(accumulate, samples)
     network.zero_grad()
-    if adversary:
-        adversary.fakes.clear()
     restore_statistics(statistics, torch.tensor(False, device=hardware.device))
     most = torch.tensor(accumulate)
     dist.all_reduce(most, dist.ReduceOp.MAX)
@@ -1810,6 +1829,7 @@ class Clock:
 
     def __init__(self, it: int) -> None:
         self.intervals = 0
+        self.start = it
         self.mark: tuple[int, float] | None = None
         self.restart(it)
 
@@ -1824,7 +1844,9 @@ class Clock:
         return time.perf_counter() - self.begin, it - self.it
 
     def estimate(self, it: int, total: int, device: torch.device, log: Log) -> None:
-        """At the second call, logs the time to the end, by the steps since the first one."""
+        """After 20 steps, logs the time to the end, by the last ten: the first ones compile."""
+        if it - self.start not in (10, 20):
+            return
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         now = time.perf_counter()

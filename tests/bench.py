@@ -135,7 +135,7 @@ def training_step(net: nn.Module, cfg: Config, mode: str, lq: Tensor, gt: Tensor
         if not backward:
             with autocast(device, precision):
                 return sum(criterion(net(lq), gt).values())
-        train_step(net, criterion, adam, scaler, [(lq, gt)], cfg, precision)
+        train_step(cfg, precision, net, criterion, adam, scaler, [(lq, gt)])
         update_average(average, net, 10**6, cfg.ema_decay)
         return None
 

@@ -1017,7 +1017,7 @@ def test_a_step_that_is_not_finite_changes_nothing_with_any_optimizer(make):
         loss = torch.nn.Identity()
         loss.forward = lambda pred, target: {"l1": (pred - target).abs().mean() * value}
         pairs = [[torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 4)]]
-        return train_step(net, loss, optimizer, scaler, pairs, Config(), "none")
+        return train_step(Config(), "none", net, loss, optimizer, scaler, pairs)
 
     for value in (math.nan, math.inf):
         figures, finite = step(value)
@@ -1104,12 +1104,12 @@ def test_a_batch_that_is_not_finite_leaves_running_statistics_alone():
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     criterion = trainer.WeightedLoss("l1")
     x = torch.rand(2, 3, 8, 8)
-    step = (network, criterion, optimizer, scaler)
-    _, finite = trainer.train_step(*step, [[x, x]], Config(), "none")
+    step = (Config(), "none", network, criterion, optimizer, scaler)
+    _, finite = trainer.train_step(*step, [[x, x]])
     assert finite and network[1].running_mean.any()
     before = {key: value.clone() for key, value in network.state_dict().items()}
     del before["1.num_batches_tracked"]
-    _, finite = trainer.train_step(*step, [[x * math.nan, x]], Config(), "none")
+    _, finite = trainer.train_step(*step, [[x * math.nan, x]])
     assert not finite
     after = network.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
