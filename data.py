@@ -133,7 +133,7 @@ def read_header(path: str | Path) -> Header:
     with opened(path) as image:
         layout = layout_of(image)
         width, height = image.size
-        # Pillow has turned the size of a TIFF already. Its getexif() would decode a PNG.
+        # Pillow has turned the size of a TIFF already. The getexif of its PNG class would decode.
         orientation = Image.Image.getexif(image).get(ORIENTATION)
         if image.format != "TIFF" and orientation in (5, 6, 7, 8):
             width, height = height, width
@@ -485,7 +485,7 @@ def resize_rows(rows: np.ndarray, scale: float) -> np.ndarray:  # (n, ...) -> (m
     taps = np.floor(centre - 2 * width)[:, None] + np.arange(count)  # (m, count) input positions
     weights = cubic(np.abs(centre[:, None] - taps) / width)
     weights /= weights.sum(axis=1, keepdims=True)
-    taps = np.abs((taps + n + 0.5) % (2 * n) - n).astype(int)  # mirrored to and fro
+    taps = np.abs((taps + n + 0.5) % (2 * n) - n).astype(int)  # mirrored: -1 is 0, n is n - 1
     out = 0.0
     # Summed in MATLAB's order: another one would round some halves differently.
     for tap, weight in zip(taps.T, weights.T, strict=True):
@@ -561,7 +561,7 @@ def to_uint8(image: np.ndarray) -> np.ndarray:
 
 # Blind degradations, for real-world super-resolution: chains of random steps, which work on
 # float32 in [0, 1]. Their probabilities and ranges are the authors', and stand in these tables.
-# A restart does not notice when they change.
+# A run that is continued does not notice when they have changed.
 
 # KAIR's degradation_bsrgan (utils/utils_blindsr.py), with which SwinIR's authors trained. (Their
 # options name shuffle_prob and use_sharp as well, which only its bsrgan_plus reads.) `rest` is the
@@ -647,7 +647,7 @@ def bsrgan(
         elif step == "shrink":
             image = shrink(image, rng, rest)
         elif step == "fit":
-            image = resize_by_chance(image, rng, height, width)
+            image = resize_by_random_kind(image, rng, height, width)
         elif step == "noise":
             image = add_channel_noise(image, rng)
         elif rng.random() < BSRGAN["jpeg"]:
@@ -666,11 +666,11 @@ def bsrgan_steps(rng: Any) -> list[str]:
 
 def halve(image: np.ndarray, rng: Any) -> np.ndarray:
     if rng.random() < 0.5:
-        return resize_by_chance(image, rng, image.shape[0] // 2, image.shape[1] // 2)
+        return resize_by_random_kind(image, rng, image.shape[0] // 2, image.shape[1] // 2)
     return imresize(image, 0.5).clip(0, 1)
 
 
-def resize_by_chance(image: np.ndarray, rng: Any, height: int, width: int) -> np.ndarray:
+def resize_by_random_kind(image: np.ndarray, rng: Any, height: int, width: int) -> np.ndarray:
     kind = rng.choice(["bilinear", "bicubic", "box"])
     return resize(image, height, width, kind).clip(0, 1)
 
@@ -690,7 +690,7 @@ def shrink(image: np.ndarray, rng: Any, rest: int) -> np.ndarray:
     if rng.random() < BSRGAN["resized"]:
         factor = draw(rng, BSRGAN["shrinkage"](rest))
         height, width = (int(n / factor) for n in image.shape[:2])
-        return resize_by_chance(image, rng, height, width)
+        return resize_by_random_kind(image, rng, height, width)
     kernel = shifted_kernel(25, draw(rng, BSRGAN["shrinking_sigma"](rest)), (rest - 1) / 2)
     return convolve(image, kernel)[::rest, ::rest].clip(0, 1)
 
@@ -1466,7 +1466,7 @@ def match(
             continue
         height, width, _ = gt.shapes[i]
         lq_height, lq_width = lq.shapes[j][:2]
-        off = max(abs(lq_height * scale - height), abs(lq_width * scale - width))
+        off = max(abs(lq_height * scale - height), abs(lq_width * scale - width))  # then refused
         if off >= scale:
             wanted = f"{width // scale}x{height // scale}"
             sizes = f"{lq_width}x{lq_height} pixels, not {wanted}, for {scale=}"
@@ -1571,7 +1571,7 @@ class PairedImageDataset(Dataset):
         names = {"filename_tmpl": filename_tmpl, "meta_info_file": meta_info_file}
         pairs = open_pairs(dataroot_gt, dataroot_lq, scale, **names, cache_gb=cache_gb)
         self.sources = pairs.sources
-        few = len(pairs.damaged) <= self.most_damaged(len(pairs.damaged))
+        few = len(pairs.damaged) <= self.allowed_damage(len(pairs.damaged))
         problems = pairs.problems if few else pairs.damaged + pairs.problems
         raise_problems(problems, [dataroot_gt, dataroot_lq], {"scale": scale} | names)
         if not all(pairs.groups):
@@ -1603,11 +1603,11 @@ class PairedImageDataset(Dataset):
             try:
                 return self.sample(number, gt_size)
             except UnreadableImage:
-                if self.count_damaged() > self.most_damaged(self.damaged_at_start):
+                if self.count_damaged() > self.allowed_damage(self.damaged_at_start):
                     raise
             number += 1
 
-    def most_damaged(self, at_start: int) -> float:
+    def allowed_damage(self, at_start: int) -> float:
         """How many damaged images are replaced by the next sample: 1 % of all."""
         return 0.01 * (at_start + sum(len(source.names) for source in self.sources))
 
@@ -1634,7 +1634,7 @@ class PairedImageDataset(Dataset):
     def choose(self, number: int, u: float, v: float) -> Pair:
         """The pair of a sample, whose random numbers in [0, 1) are u and v."""
         if self.synthetic:
-            # A pool that a new image joins every 64 samples. It starts with 8 images, because the
+            # A pool that a new image joins every 64 samples. It starts with 9 images, because the
             # first batch has to wait for them to be drawn.
             newest = 8 + number // 64
             i = newest - int(u * min(newest + 1, SyntheticImages.POOL))
@@ -1670,7 +1670,7 @@ class PairedImageDataset(Dataset):
         x, right = with_margin(left, size, pair.width, margin)
         gt = pair.gt[pair.gt_index][y * s : bottom * s, x * s : right * s]
         gt = to_channels(gt, self.in_chans)
-        if margin == 0:  # noise: small images are padded before, so that it isn't mirrored
+        if margin == 0:  # small images are padded before, so that the noise isn't mirrored
             gt = pad_by_mirroring(gt, size * s)
         if sharpened:
             gt = sharpen(gt)
@@ -1999,7 +1999,7 @@ def dataset_options(cfg: Any) -> dict[str, Any]:
     return options | options_of_degradation(cfg.degradation, cfg)
 
 
-def print_anything() -> None:
+def escape_unprintable() -> None:
     """What the terminal's encoding lacks is printed as an escape, and stops no command."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -2007,7 +2007,7 @@ def print_anything() -> None:
 
 
 if __name__ == "__main__":
-    print_anything()
+    escape_unprintable()
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as error:

@@ -97,7 +97,8 @@ def psnrb(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False)
     pred, target, peak = comparable(pred, target, crop_border, y)
     height, width = pred.shape[1:]
     # Pairs of neighbouring pixels, across the edges of blocks and elsewhere. As in SwinIR, whose
-    # figures this keeps, one edge is missing along each side that is no multiple of 8.
+    # figures this keeps, the counts lack one edge along each side that is no multiple of 8; the sums
+    # below don't.
     edge_pairs = height * (width // 8 - 1) + width * (height // 8 - 1)
     other_pairs = height * (width - 1) + width * (height - 1) - edge_pairs
     if edge_pairs <= 0:
@@ -233,7 +234,7 @@ def parse_loss(text: str) -> dict[str, float]:
 
 
 class WeightedLoss(nn.Module):
-    """The weighted sum of losses that `--loss` names. Returns each weighted term by its name.
+    """The losses that `--loss` names, each times its weight, by name. The caller adds them.
 
     Args:
         generator_loss: A function of pred, for the term "gan".
@@ -724,10 +725,13 @@ def main() -> None:
         "--filename_tmpl", default="{}", help="name of the restored image; {} is the original's"
     )
     parser.add_argument(
-        "--scale", type=int, default=4, help="sizes may differ by less (%(default)s): cropped"
+        "--scale",
+        type=int,
+        default=4,
+        help="crop if sizes differ by fewer pixels (%(default)s)",
     )
     args = parser.parse_args()
-    data_module().print_anything()
+    data_module().escape_unprintable()
     if "{}" not in args.filename_tmpl:
         sys.exit(f"filename_tmpl={args.filename_tmpl!r} must hold {{}}, the name of the original")
     if args.restored.is_dir() != args.originals.is_dir():
@@ -807,7 +811,7 @@ def images_by_name(folder: Path, template: str = "{}") -> dict[str, Path]:
     Where names differ in their suffix alone, the suffix stays, as in model.py's outputs.
     """
     data = data_module()
-    others = Counter()
+    others = Counter()  # filled by list_images: files that are left out, by suffix
     paths = [path.relative_to(folder) for path in data.list_images(folder, others)]
     if others:
         print(f"{folder}{data.name_others(others)}", file=sys.stderr)

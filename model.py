@@ -96,7 +96,7 @@ class SwinIR(nn.Module):
         arguments = plain_values(locals())  # first, while there are no other locals
         super().__init__()
         check_arguments(embed_dim, depths, num_heads, upscale, upsampler, resi_connection)
-        self.arguments = arguments
+        self.arguments = arguments  # this, and what follows, is asked for by NETWORKS' comment
         self.in_chans = in_chans
         self.factor = upscale if upsampler else 1
         self.floats_per_pixel = inference_floats(
@@ -106,7 +106,7 @@ class SwinIR(nn.Module):
         self.upsampler = upsampler
         self.register_buffer("mean", mean_colour(in_chans), persistent=False)
 
-        # An image no larger than a window is one window, which is not shifted.
+        # By img_size, as in the authors' network, whatever image `forward` gets.
         height, width = training_size(img_size, patch_size)
         self.window = min(window_size, height, width)
         self.shift = self.window // 2 if min(height, width) > window_size else 0
@@ -312,7 +312,7 @@ class SwinBlock(nn.Module):
         x = window_partition(x, self.window)  # (B, n, N, C)
         if regions is not None:
             regions = window_partition(regions[None, :, :, None], self.window)[0, :, :, 0]
-        x = self.skip(x, self.attn(self.norm1(x), regions))
+        x = self.skip(x, self.attn(self.norm1(x), regions))  # x + branch
         x = self.skip(x, self.mlp(self.norm2(x)))
         return window_reverse(x, self.window, H, W)
 
@@ -678,7 +678,7 @@ def twice_as_large(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2, mode="bilinear")
 
 
-# name -> class(in_chans, features), with the scores of images, of any shape, from `forward`
+# name -> class(in_chans, features). `forward` takes images, and returns scores of any shape.
 DISCRIMINATORS = {"unet": UNetDiscriminator}
 
 
@@ -908,6 +908,7 @@ def unwrap(file: dict[str, Any], param_key: str) -> dict[str, Tensor]:
         return found[param_key]
 
     bare = tensors_in(file)
+    # Where param_key may be a prefix of the keys; else what "params_ema" falls back to
     usual = [found[key] for key in USUAL_KEYS if key in found]
     if usual:
         state_dict = usual[0]
@@ -1002,7 +1003,7 @@ def swinir_arguments(weights: dict[str, Tensor], stated: dict[str, Any]) -> dict
 
     hidden = len(weights[first + "mlp.fc1.bias"])
     mlp_ratio = hidden / embed_dim
-    if int(embed_dim * mlp_ratio) != hidden:  # it was rounded down
+    if int(embed_dim * mlp_ratio) != hidden:  # the float product fell just below
         mlp_ratio = (hidden + 0.5) / embed_dim
 
     upsampler = upsampler_of(weights)
@@ -1361,7 +1362,7 @@ def main() -> int | str | None:
         torch.set_num_threads(min(free_cores(), torch.get_num_threads()))
     check_device(args.device)
     net = load(args.net, args.param_key, args.device)
-    data_module().print_anything()
+    data_module().escape_unprintable()
     jobs = list_jobs(args.input, args.output)
     failed = restore_files(net, jobs, args)
     if failed:

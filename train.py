@@ -55,10 +55,10 @@ from data import (
     ValidationImages,
     dataset_options,
     disk_advice,
+    escape_unprintable,
     fit_name,
     imresize,
     options_of_degradation,
-    print_anything,
     printable,
     read_text,
     sample_batches,
@@ -293,8 +293,8 @@ def adamw(network: nn.Module, cfg: Config) -> torch.optim.Optimizer:
 
 
 # name -> function(network, cfg). A parameter group may have an "lr_scale", by which the lr is
-# multiplied. An optimizer needs no care for steps that aren't finite: it isn't called, except for
-# torch's own fused ones (see step_if_finite).
+# multiplied. For a step that isn't finite it is not called; torch's fused Adam and AdamW are, and
+# change nothing (see step_if_finite).
 OPTIMIZERS = {"adam": adam, "adamw": adamw}
 
 
@@ -465,7 +465,7 @@ def step_that_fits(
     training (`try_memory`): a rank alone can't repeat a step.
     """
     while True:
-        torch.manual_seed(seed)
+        torch.manual_seed(seed)  # of DropPath, for each try
         try:
             return *step(split_batch(batch, accumulate)), accumulate
         except RuntimeError as error:
@@ -546,7 +546,7 @@ class Adversary:
         }
 
     def generator_loss(self, fake: Tensor) -> Tensor:
-        self.fakes.append(fake.detach())  # after those of a step that ran out of memory
+        self.fakes.append(fake.detach())  # `step` takes the last ones: others are of failed tries
         self.network.requires_grad_(False)
         self.network.eval()  # no iteration of the spectral normalisation
         return self.loss_for_generator(self.network(fake).float(), real=True)
@@ -790,7 +790,8 @@ def forget_other_bests(
     """If validation has changed, figures don't compare, and net_g_best.pth is of the old one: it
     is kept under another name. The first key of `best` is the one that decided: dicts keep their
     order, also in a checkpoint."""
-    if next(iter(best), decisive) == decisive:
+    first = next(iter(best), None)  # by which net_g_best.pth was chosen
+    if first in (None, decisive):
         return
     best.clear()
     old = folder / "models" / "net_g_best.pth"
@@ -802,7 +803,9 @@ def forget_other_bests(
 
 FINITE_ADVICE = "restart with a lower --lr, --grad_clip=1 or --amp=none"
 MOST_SKIPPED = 50  # steps in a row without a finite loss, after which a run stops
-SPOILT_AFTER = 9  # this many in a row mean that the weights are spoilt, and are not saved
+# So many skipped steps in a row mean that the weights themselves give no finite gradients, as after
+# a step that was too long: they are not saved. A few are normal while fp16 finds its scale.
+SPOILT_AFTER = 9
 
 
 def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one piece
@@ -817,7 +820,7 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
 
     # Data
     val_sets = open_validation_sets(cfg)
-    # An evaluation opens no training images: by default, synthetic ones are drawn when used.
+    # An evaluation doesn't train: the default dataset opens no files.
     dataset = PairedImageDataset(**({} if cfg.eval_only else dataset_options(cfg)))
 
     # Network, and the checkpoint to continue from
@@ -1038,7 +1041,7 @@ def log_damaged(log: Log, dataset: PairedImageDataset, known: set[str]) -> dict[
     Returns {"damaged": their number} if there are any.
     """
     for source in dataset.sources:
-        sum_over_ranks(source.damaged).clamp_(max=1)
+        sum_over_ranks(source.damaged).clamp_(max=1)  # in place: what any rank has found
         for i in source.damaged.nonzero().flatten().tolist():
             path = f"{source.root}/{source.names[i]}"
             if path not in known:
@@ -1100,7 +1103,7 @@ def read_config(argv: list[str]) -> Config:
     for name in values:
         value = conform(getattr(rules, name), hints[name], name, sources[name])
         values[name] = value
-    for name in ("scale", *values):  # of several, name the one that others follow from
+    for name in ("scale", *values):  # first, as rules compute others from it
         check_bounds(name, values[name])
     return Config(**values)
 
@@ -1327,7 +1330,7 @@ def check_resume(
 
     fixed = [*FIXED_ON_RESUME, *options_of_degradation(cfg.degradation)]
     if not cfg.dataroot_gt:
-        fixed.append("dataroot_gt")  # it may have been forgotten
+        fixed.append("dataroot_gt")  # forgotten, it would mean synthetic images
     if cfg.eval_only:
         fixed = ["network", "scale", *NETWORK_OPTIONS]
         if cfg.pretrain_network:
@@ -1420,13 +1423,15 @@ def fit_memory(network: nn.Module, cfg: Config, hardware: Hardware, before: int 
     Where one sample is too large, the network recomputes its activations, if it can.
     """
     samples = cfg.batch_size // hardware.world
-    if before and samples % before == 0:
-        return before
     free = free_memory(hardware)
-    if expected_bytes(network, cfg, hardware, 1) > free:
+    too_large = expected_bytes(network, cfg, hardware, 1) > free
+    if too_large:
         for module in network.modules():
             if hasattr(module, "use_checkpoint"):
                 module.use_checkpoint = True
+    if before and samples % before == 0:
+        return before
+    if too_large:
         return samples
     for count in range(1, samples + 1):
         fits = expected_bytes(network, cfg, hardware, samples // count) <= free
@@ -1443,11 +1448,12 @@ def expected_bytes(network: nn.Module, cfg: Config, hardware: Hardware, samples:
     pixels = samples * (gt_size // cfg.scale) ** 2
     half = hardware.precision in ("bf16", "fp16")
     floats = getattr(network, "training_floats_per_pixel", 0)
+    # Floats are counted in half precision, where half of them are stored in 4 bytes all the same.
     return weights + pixels * floats * (4 if half else 6)
 
 
 def free_memory(hardware: Hardware) -> float:
-    """Bytes for the activations of a step: what is left to others is in the factors."""
+    """Bytes that a step may use. The factors leave some to other programs and to fragmentation."""
     if hardware.device.type == "cuda":
         return 0.85 * torch.cuda.mem_get_info(hardware.device)[0]
     try:
@@ -1475,6 +1481,7 @@ def try_memory(
         gt = gt.to(hardware.device)
         lq = gt[..., :: cfg.scale, :: cfg.scale]
         try:
+            # The bare network, not ddp_model: each rank tries alone, without communication.
             backward(network, criterion, NO_SCALER, [[lq, gt]], hardware.precision)
             break
         except RuntimeError as error:
@@ -1903,6 +1910,6 @@ def leave(code: int) -> None:
 
 
 if __name__ == "__main__":
-    print_anything()
+    escape_unprintable()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save
     leave(run(sys.argv[1:]))
