@@ -97,8 +97,8 @@ def psnrb(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False)
     pred, target, peak = comparable(pred, target, crop_border, y)
     height, width = pred.shape[1:]
     # Pairs of neighbouring pixels, across the edges of blocks and elsewhere. As in SwinIR, whose
-    # figures this keeps, the counts lack one edge along each side that is no multiple of 8; the sums
-    # below don't.
+    # figures this keeps, the counts, but not the sums below, lack one edge along each side that is
+    # no multiple of 8.
     edge_pairs = height * (width // 8 - 1) + width * (height // 8 - 1)
     other_pairs = height * (width - 1) + width * (height - 1) - edge_pairs
     if edge_pairs <= 0:
