@@ -1679,3 +1679,11 @@ def test_leaving_a_prefetcher_whose_worker_hangs_takes_seconds(folder):
     with Prefetcher(loader, "cpu"):
         pass
     assert time.perf_counter() - begin < 40
+
+
+def test_an_old_pillow_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "OLD_PILLOW", "Pillow 10.4.0 is too old: pip install ...")
+    path = save(tmp_path / "x.png", photo(8, 8))
+    for read in (read_image, read_header):
+        with pytest.raises(ValueError, match=r"Pillow 10\.4\.0 is too old"):
+            read(path)

@@ -719,3 +719,13 @@ def test_a_log_that_was_spoilt_or_fails_stops_no_training(tmp_path: Path, monkey
     assert text.count("no more is logged to W&B: BrokenPipeError") == 1
     assert "curves.png can't be drawn: ZeroDivisionError" in text
     assert [event["iter"] for event in log.events()] == [1, 2, 3]
+
+
+def test_sizes_that_differ_by_less_than_a_scale_are_cropped_and_said(tmp_path: Path, call) -> None:
+    original = save(tmp_path / "gt.png", noise(100, 121, 3))
+    save(tmp_path / "out.png", original[:99, :120])
+    code, out, _ = call(tmp_path / "out.png", tmp_path / "gt.png")
+    assert code == 0 and "of 120x99 and 121x100 pixels, the upper left 120x99 are compared" in out
+    assert "PSNR      inf dB" in out
+    code, out, err = call(tmp_path / "out.png", tmp_path / "gt.png", "--scale=1")
+    assert code == 1 and "shapes differ" in err

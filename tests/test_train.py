@@ -1,5 +1,6 @@
 """The trainer as users run it: options, resume, ranks, counts, errors."""
 
+import errno
 import json
 import math
 import os
@@ -1355,3 +1356,78 @@ def test_images_are_scored_while_the_next_one_is_restored(monkeypatch):
     means, _ = trainer.evaluate(Same(), images, Config(measures=("psnr",)))
     assert means == {"psnr": 30.0, "input_psnr": 30.0, "exact": 10}
     assert time.perf_counter() - begin < (10 * 0.2 + 10 * 0.2) / 1.5
+
+
+# ---- names, encodings and files that are not ours ----
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_configs_of_windows_editors(tmp_path, encoding):
+    text = "# Größe\r\nlr = 3e-4\r\nbatch_size = 2\r\n"
+    (tmp_path / "c.py").write_bytes(text.encode(encoding))
+    assert (load_config([str(tmp_path / "c.py")]).lr, Config().lr) == (3e-4, 2e-4)
+    (tmp_path / "c.py").write_bytes(text.encode("cp1252"))
+    with pytest.raises(SystemExit, match=r"c\.py is not in UTF-8 .*: save it so"):
+        load_config([str(tmp_path / "c.py")])
+
+
+def test_files_that_are_not_ours_are_ignored_with_a_note(tmp_path):
+    photos(tmp_path / "gt")
+    options = ["--dataroot_gt=gt", "--total_iters=4"]
+    assert train(tmp_path, *options)[0] == 0
+    folder = tmp_path / "experiments/denoise_color25"
+    for name in ("9 copy.state", "9.sync-conflict-2026.state", "٩.state"):
+        (folder / "training_states" / name).write_bytes(b"x")
+    (folder / "models" / "net_g_best (1).pth").write_bytes(b"x")
+    code, text = train(tmp_path, *options, "--total_iters=6")
+    assert code == 0 and "continuing after iteration 4" in text, text
+    assert "note: ignored in experiments/denoise_color25, as not written by train.py: " in text
+    assert all(word in text for word in ("9 copy.state", "net_g_best (1).pth"))
+    assert (folder / "training_states/9 copy.state").exists()
+
+    shutil.rmtree(tmp_path / "experiments")
+    folder.joinpath("models").mkdir(parents=True)
+    (folder / "models/copied.pth").write_bytes(b"x")  # not a run: stays where it is
+    assert train(tmp_path, *options)[0] == 0
+    assert (folder / "models/copied.pth").exists()
+
+
+def test_validation_images_with_the_longest_names_and_commas_in_their_folder(tmp_path):
+    photos(tmp_path / "gt")
+    long = "ä" * 125 + "x.png"  # 255 bytes
+    (tmp_path / "a, b").mkdir()
+    shutil.copy(tmp_path / "gt/0.png", tmp_path / "a, b" / long)
+    options = ["--dataroot_gt=gt", "--val_gt=a, b", "--val_freq=2", "--save_img=True"]
+    code, text = train(tmp_path, *options, "--total_iters=2")
+    assert code == 0 and "validation: a, b (1)" in text, text
+    (strip,) = (tmp_path / "experiments/denoise_color25/visualization/a, b").iterdir()
+    assert len(os.fsencode(strip.name)) <= 255 and strip.suffix == ".png"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_can_not_be_written_is_named(tmp_path):
+    (tmp_path / "experiments").mkdir(mode=0o500)
+    code, text = train(tmp_path, "--total_iters=2")
+    assert code == 1 and "experiments" in text and "Traceback" not in text
+
+
+def test_a_vanished_folder_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"models/net_g_2\.pth can't be written: .*see to"):
+        trainer.write_file(Path("gone/models/net_g_2.pth"), {"a": 1})
+
+
+@pytest.mark.parametrize("name", ["ENOLCK", "ENOSYS", "EOPNOTSUPP", "EAGAIN"])
+def test_only_a_lock_that_is_taken_refuses(tmp_path, monkeypatch, capsys, name):
+    fcntl = pytest.importorskip("fcntl")
+
+    def fail(*_):
+        raise OSError(getattr(errno, name), "reason")
+
+    monkeypatch.setattr(fcntl, "lockf", fail)
+    if name == "EAGAIN":
+        with pytest.raises(ValueError, match="is in use by another run"):
+            lock_folder(tmp_path)
+    else:
+        assert lock_folder(tmp_path) is not None
+        assert "can't be locked" in capsys.readouterr().out
