@@ -1504,7 +1504,7 @@ def describe_memory(
     samples = cfg.batch_size // hardware.world // accumulate
     if hasattr(network, "training_floats_per_pixel"):
         expected = expected_bytes(network, cfg, hardware, samples)
-        log(f"memory: about {expected / 1e9:.1f} GB for a step, {samples} sample(s) at a time")
+        log(f"memory: about {expected / 1e9:.2g} GB for a step, {samples} sample(s) at a time")
 
 
 def set_threads(device: torch.device, before: int | None) -> None:
