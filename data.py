@@ -22,7 +22,6 @@ import signal
 import sys
 import time
 import unicodedata
-import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -204,10 +203,8 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
     if OLD_PILLOW:
         raise UserError(OLD_PILLOW)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, about tags that aren't used
-            with Image.open(path, formats=FORMATS) as image:
-                yield image
+        with Image.open(path, formats=FORMATS) as image:
+            yield image
     except MemoryError:
         raise UnreadableImage(f"{path} can't be read: it is too large for the memory") from None
     except Exception as error:  # Pillow raises some ten kinds for a damaged file

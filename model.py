@@ -806,6 +806,8 @@ def checksums_agree(path: Path) -> bool:
         return True
     try:
         return zipfile.ZipFile(path).testzip() is None
+    except MemoryError:
+        raise
     except Exception:  # a damaged file raises anything
         return False
 

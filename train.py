@@ -28,7 +28,6 @@ import sysconfig
 import threading
 import time
 import traceback
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -84,6 +83,7 @@ from metrics import (
 from model import (
     DISCRIMINATORS,
     NETWORKS,
+    checksums_agree,
     free_cores,
     is_out_of_memory,
     load_weights,
@@ -1677,7 +1677,7 @@ def load_checkpoint(folder: Path, it: int) -> tuple[dict[str, Any], dict[str, An
 
 def load_checked(path: Path) -> dict[str, Any]:
     try:
-        if zipfile.ZipFile(path).testzip():  # torch.load compares no checksums
+        if not checksums_agree(path):
             raise ValueError
         return torch.load(path, map_location="cpu", weights_only=True)
     except (PermissionError, MemoryError):
