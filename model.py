@@ -32,6 +32,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import spectral_norm
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -61,6 +62,8 @@ class SwinIR(nn.Module):
         resi_connection: "1conv" or "3conv", the convolution at the end of each RSTB.
         init_std: Standard deviation of the initial weights of linear layers (not in the
             authors' network, which has 0.02).
+        attention: How attention is computed, a name in ATTENTION (not in the authors' network).
+            It changes speed and memory, not the weights.
 
     `forward` takes (B, in_chans, H, W) of any size and returns (B, in_chans, H * factor,
     W * factor): factor is upscale, or 1 without an upsampler. Raises UserError for arguments that
@@ -91,11 +94,14 @@ class SwinIR(nn.Module):
         upsampler: str = "",
         resi_connection: str = "1conv",
         init_std: float = 0.02,
+        attention: str = "math",
     ) -> None:
         upsampler = upsampler or ""  # the authors allow None
         arguments = plain_values(locals())  # first, while there are no other locals
         super().__init__()
         check_arguments(embed_dim, depths, num_heads, upscale, upsampler, resi_connection)
+        if attention not in ATTENTION:
+            raise UserError(f"attention {attention!r} is unknown; there are {', '.join(ATTENTION)}")
         self.arguments = arguments  # this, and what follows, is asked for by NETWORKS' comment
         self.in_chans = in_chans
         self.factor = upscale if upsampler else 1
@@ -138,6 +144,7 @@ class SwinIR(nn.Module):
             drop=drop_rate,
             attn_drop=attn_drop_rate,
             norm_layer=norm_layer,
+            attention=attention,
         )
         self.layers = nn.ModuleList()
         for depth, heads in zip(depths, num_heads, strict=True):
@@ -280,6 +287,7 @@ class SwinBlock(nn.Module):
         attn_drop: float,
         drop_path: float,
         norm_layer: Any,
+        attention: str,
         mask: Tensor | None,  # not used: see official_attn_mask
     ) -> None:
         super().__init__()
@@ -287,7 +295,9 @@ class SwinBlock(nn.Module):
         self.shift = shift
         self.register_buffer("attn_mask", mask)
         self.norm1 = norm_layer(dim)
-        self.attn = WindowAttention(dim, window, heads, qkv_bias, qk_scale, attn_drop, drop)
+        self.attn = WindowAttention(
+            dim, window, heads, qkv_bias, qk_scale, attn_drop, drop, attention
+        )
         self.skip = StochasticDepth(drop_path)
         self.norm2 = norm_layer(dim)
         self.mlp = MLP(dim, int(dim * mlp_ratio), drop)
@@ -343,8 +353,10 @@ class WindowAttention(nn.Module):
         qk_scale: float | None,
         attn_drop: float,
         proj_drop: float,
+        attention: str,
     ) -> None:
         super().__init__()
+        self.attention, self.multiple_of_d = ATTENTION[attention]
         self.heads = heads
         self.scale = qk_scale or (dim // heads) ** -0.5
         table = torch.empty((2 * window - 1) ** 2, heads)
@@ -358,18 +370,32 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor, regions: Tensor | None) -> Tensor:  # (B, n, N, C)
         B, n, N, C = x.shape
-        d = C // self.heads
-        qkv = self.qkv(x).view(B, n, N, 3, self.heads, d)
+        zeros = -(C // self.heads) % self.multiple_of_d
+        if zeros:
+            return self.forward_padded(x, regions, zeros)
+        qkv = self.qkv(x).view(B, n, N, 3, self.heads, -1)
+        x = self.attend(qkv, regions)  # (B, n, N, h, d)
+        return self.proj_drop(self.proj(x.reshape(B, n, N, C)))
+
+    def forward_padded(self, x: Tensor, regions: Tensor | None, zeros: int) -> Tensor:
+        """The same, with zeros behind the channels of each head. They come from the weights, as to
+        pad activations takes another pass through memory."""
+        B, n, N, C = x.shape
+        weight = F.pad(self.qkv.weight.view(3 * self.heads, -1, C), (0, 0, 0, zeros))
+        bias = self.qkv.bias
+        if bias is not None:
+            bias = F.pad(bias.view(3 * self.heads, -1), (0, zeros)).flatten()
+        proj = F.pad(self.proj.weight.view(C, self.heads, -1), (0, zeros)).flatten(1)
+
+        qkv = F.linear(x, weight.flatten(0, 1), bias).view(B, n, N, 3, self.heads, -1)
+        x = self.attend(qkv, regions)  # (B, n, N, h, d + zeros)
+        return self.proj_drop(F.linear(x.flatten(3), proj, self.proj.bias))
+
+    def attend(self, qkv: Tensor, regions: Tensor | None) -> Tensor:
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).contiguous()  # each (B, n, h, N, d)
-        q = q * self.scale
-        if d % 4 and q.dtype == torch.float32:
-            # Zeros up to a multiple of 4 channels: products of float32 matrices are up to twice as
-            # fast on a CPU. SwinIR-M has d = 30, SwinIR-S 10.
-            q, k, v = (F.pad(t, (0, -d % 4)) for t in (q, k, v))
         dropout = self.attn_drop if self.training else 0.0
-        x = window_attention(q, k, v, self.bias(), regions, dropout)
-        x = x[..., :d].transpose(2, 3).reshape(B, n, N, C)
-        return self.proj_drop(self.proj(x))
+        x = self.attention(q * self.scale, k, v, self.bias(), regions, dropout)
+        return x.transpose(2, 3)  # (B, n, N, h, d)
 
     def bias(self) -> Tensor:  # (h, N, N)
         # F.embedding has a quicker gradient than indexing.
@@ -380,7 +406,7 @@ class WindowAttention(nn.Module):
 def window_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, regions: Tensor | None, dropout: float = 0.0
 ) -> Tensor:
-    """softmax(q k^T + bias) v inside each window: the place for a faster kernel.
+    """softmax(q k^T + bias) v inside each window.
 
     Args:
         q, k, v: (B, n, h, N, d); q is scaled already.
@@ -389,10 +415,12 @@ def window_attention(
             the same label. See `window_regions`.
 
     Returns: (B, n, h, N, d).
-
-    F.scaled_dot_product_attention, with bias and regions as its mask, takes 1.2 to 2 times as long
-    on a CPU. On a GPU it was not measured.
     """
+    d = q.shape[-1]
+    if d % 4 and q.dtype == torch.float32:
+        # Zeros up to a multiple of 4 channels: products of float32 matrices are up to twice as
+        # fast on a CPU. SwinIR-M has d = 30, SwinIR-S 10.
+        q, k, v = (F.pad(t, (0, -d % 4)) for t in (q, k, v))
     scores = q @ k.transpose(-2, -1)  # (B, n, h, N, N)
     scores += bias.to(scores.dtype)
     if regions is not None:
@@ -404,7 +432,35 @@ def window_attention(
     weights = scores.softmax(-1)
     if dropout > 0:
         weights = F.dropout(weights, dropout)
-    return weights @ v
+    return (weights @ v)[..., :d]
+
+
+def sdpa_window_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, regions: Tensor | None, dropout: float = 0.0
+) -> Tensor:
+    """window_attention by PyTorch's fused attention, which keeps no (N, N) matrix for backward.
+
+    On a CPU it takes 1.2 to 2 times as long. On a GPU it was not measured.
+    """
+    shape = q.shape
+    if regions is None:
+        mask = bias[None]  # (1, h, N, N)
+        q, k, v = (t.flatten(0, 1) for t in (q, k, v))  # (B * n, h, N, d)
+    else:
+        # Windows count as heads, so that all images share one mask.
+        apart = regions[:, None, :, None] != regions[:, None, None, :]  # (n, 1, N, N)
+        mask = (bias - 200.0 * apart).flatten(0, 1)[None]  # (1, n * h, N, N)
+        q, k, v = (t.flatten(1, 2) for t in (q, k, v))  # (B, n * h, N, d)
+    # A mask that needs a gradient rules out PyTorch's other kernels. cuDNN's is left out, as it
+    # misreads masks of another type.
+    kernels = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(kernels):
+        x = F.scaled_dot_product_attention(q, k, v, mask.to(q.dtype), dropout, scale=1.0)
+    return x.view(shape)
+
+
+# name -> (function, divisor of the channels d that it asks for; other heads get zeros)
+ATTENTION = {"math": (window_attention, 1), "sdpa": (sdpa_window_attention, 8)}
 
 
 class MLP(nn.Module):
@@ -575,10 +631,10 @@ def mean_colour(in_chans: int) -> Tensor:  # (1, in_chans, 1, 1)
 
 def plain_values(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments that are saved: with lists for tuples, as in JSON files. norm_layer can't be
-    saved, and init_std no longer matters."""
+    saved, init_std no longer matters, and attention is a matter of the machine."""
     plain = {}
     for name, value in arguments.items():
-        if name not in ("self", "__class__", "norm_layer", "init_std"):
+        if name not in ("self", "__class__", "norm_layer", "init_std", "attention"):
             plain[name] = list(value) if isinstance(value, tuple) else value
     return plain
 

@@ -81,6 +81,7 @@ from metrics import (
     sum_over_ranks,
 )
 from model import (
+    ATTENTION,
     DISCRIMINATORS,
     NETWORKS,
     checksums_agree,
@@ -138,6 +139,7 @@ class Config:
     drop_path_rate: float = 0.1  # stochastic depth
     init_std: float = 0.02  # deviation of the initial weights of linear layers
     use_checkpoint: bool = False  # recompute activations: less memory, more time
+    attention: str = "math"  # math, sdpa: see ATTENTION in model.py; on a GPU neither was timed
     # weights to start from: ours, official, BasicSR's or KAIR's
     pretrain_network: str | None = None
     param_key: str = "params_ema"  # which weights of that file
@@ -204,10 +206,14 @@ NETWORK_OPTIONS = (
     "drop_path_rate",
     "init_std",
     "use_checkpoint",
+    "attention",
 )
+# Those that may differ after a restart: they change time and memory, not the network.
+HOW_TO_COMPUTE = ("use_checkpoint", "attention")
+NETWORK_SHAPE = ("network", "scale", *(o for o in NETWORK_OPTIONS if o not in HOW_TO_COMPUTE))
 # Options that make a run what it is. They can't change once it has started.
 FIXED_ON_RESUME = (
-    *("network", "scale", *(name for name in NETWORK_OPTIONS if name != "use_checkpoint")),
+    *NETWORK_SHAPE,
     *("seed", "batch_size", "optimizer", "degradation", "pretrain_network"),
     *("discriminator", "discriminator_features", "pretrain_discriminator"),
 )
@@ -1284,7 +1290,7 @@ def check(cfg: Config) -> None:
         need(cfg.img_range == img_range, "img_range", wanted)
     check_plan(cfg)
     tables = {"network": NETWORKS, "optimizer": OPTIMIZERS, "scheduler": SCHEDULES}
-    tables["discriminator"] = DISCRIMINATORS
+    tables |= {"discriminator": DISCRIMINATORS, "attention": ATTENTION}
     for name, table in tables.items():
         need(getattr(cfg, name) in table, name, " or ".join(table))
     for measure in cfg.measures or ():
@@ -1332,10 +1338,9 @@ def check_resume(
     if not cfg.dataroot_gt:
         fixed.append("dataroot_gt")  # forgotten, it would mean synthetic images
     if cfg.eval_only:
-        fixed = ["network", "scale", *NETWORK_OPTIONS]
+        fixed = [*NETWORK_SHAPE]
         if cfg.pretrain_network:
             fixed.append("pretrain_network")
-        fixed.remove("use_checkpoint")
     texts = {name: f"{name}: {before} -> {now}" for name, (before, now) in changed.items()}
     refused = [text for name, text in texts.items() if name in fixed]
     if refused:

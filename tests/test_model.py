@@ -125,6 +125,80 @@ def test_the_residual_stream_is_float32_with_autocast():
         assert net.bfloat16()(torch.rand(1, 3, 16, 16).bfloat16()).dtype == torch.bfloat16
 
 
+def two_routes(route: str, window: int = 8, **arguments: object) -> tuple[SwinIR, SwinIR]:
+    """The reference and `route`, from the same file, with weights that hide nothing."""
+    arguments = {
+        "embed_dim": 20,
+        "depths": (2,),
+        "num_heads": (2,),
+        "window_size": window,
+    } | arguments
+    options = arguments | {"img_size": 2 * window, "drop_path_rate": 0.0}
+    torch.manual_seed(0)
+    reference, other = SwinIR(**options), SwinIR(**options, attention=route)
+    for parameter in reference.parameters():
+        torch.nn.init.trunc_normal_(parameter, std=0.2)
+    other.load_state_dict(reference.state_dict(), strict=True)
+    assert other.arguments == reference.arguments  # files don't tell
+    return reference, other
+
+
+ROUTES = sorted(set(model.ATTENTION) - {"math"})
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("arguments", [{}, {"window": 7, "qkv_bias": False}, {"embed_dim": 16}])
+def test_each_attention_is_the_reference(route, arguments):
+    reference, other = (net.double() for net in two_routes(route, **arguments))
+    x = torch.rand(2, 3, 33, 25, dtype=torch.float64)  # several windows: shifted ones are masked
+    outputs = [reference(x), other(x)]
+    weights = torch.rand_like(outputs[0])
+    torch.testing.assert_close(*outputs, rtol=1e-6, atol=1e-6)
+    for output in outputs:
+        output.backward(weights)
+    for a, b in zip(reference.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-6 * a.grad.abs().max().item())
+    with torch.no_grad():
+        torch.testing.assert_close(reference(x), other(x), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(reference(x), outputs[1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("route", model.ATTENTION)
+def test_each_attention_compiles_in_one_piece(route):
+    _, net = two_routes(route)
+    want = net(torch.ones(1, 3, 16, 16))
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(torch.ones(1, 3, 16, 16)), want)
+    torch.compiler.reset()
+
+
+def test_attention_drops_weights_in_training_only():
+    for route in ROUTES:
+        _, net = two_routes(route, attn_drop_rate=0.5)
+        x = torch.rand(1, 3, 16, 16)
+        assert not torch.equal(net(x), net(x))
+        net.eval()
+        assert torch.equal(net(x), net(x))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, for the kernel's choice")
+@pytest.mark.parametrize("arguments", [{}, {"window": 7}, {"embed_dim": 60}])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_sdpa_takes_the_efficient_kernel_on_a_gpu(arguments, dtype):
+    _, net = two_routes("sdpa", **arguments)
+    x = torch.rand(2, 3, 48, 48, device="cuda")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as record:
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            net.cuda()(x).sum().backward()
+        with torch.no_grad():
+            net(x)
+    counts = {event.key: event.count for event in record.key_averages()}
+    blocks = sum(net.arguments["depths"])
+    assert counts["aten::_scaled_dot_product_efficient_attention"] == 2 * blocks
+    assert counts["aten::_scaled_dot_product_efficient_attention_backward"] == blocks
+    assert "aten::_scaled_dot_product_attention_math" not in counts
+
+
 def test_checkpointed_gradients_agree():
     z, net = golden_network(CASES[0], drop_path_rate=0.3)
     torch.manual_seed(0)
