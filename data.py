@@ -34,6 +34,7 @@ import numpy as np
 import PIL
 import torch
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
@@ -312,32 +313,71 @@ def describe_error(error: Exception) -> str:
     return f"{error!r}: repair or remove it"
 
 
-def write_image(
-    path: str | Path, pixels: np.ndarray, icc_profile: bytes = b"", exif: bytes = b""
-) -> None:
-    """Writes (H, W, C) uint8 or uint16 as PNG: C is 1 gray, 2 gray alpha, 3 RGB, 4 RGB alpha.
+# Suffixes of files that are written, and Pillow's names of their formats
+WRITTEN = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".webp": "WEBP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+}
+LONGEST_SIDE = {"JPEG": 65_500, "WEBP": 16_383}  # pixels
+LONGEST_JPEG_EXIF = 65_533  # bytes
 
-    The file is there once it is whole. 16-bit colour needs opencv-python-headless; 16-bit gray
-    with alpha is not written. Raises UserError for both.
+
+def write_image(
+    path: str | Path,
+    pixels: np.ndarray,
+    icc_profile: bytes = b"",
+    exif: bytes = b"",
+    quality: int | None = None,
+) -> str:
+    """Writes (H, W, C) uint8 or uint16: C is 1 gray, 2 gray alpha, 3 RGB, 4 RGB alpha.
+
+    The suffix of `path` is the format, see WRITTEN. PNG and TIFF keep everything. JPEG and WebP
+    have 8 bits, and JPEG has no alpha. The file is there once it is whole.
+
+    Args:
+        quality: Of JPEG (default: 95) and WebP (default: lossless), 1 to 100.
+
+    Returns what the format can't hold, such as "its transparency", or "". Raises UserError. 16-bit
+    colour in a PNG needs opencv-python-headless; 16-bit gray with alpha is not written.
     """
+    path = Path(path)
+    file_format = WRITTEN.get(path.suffix.lower())
+    if file_format is None:
+        raise UserError(f"{path} can't be written: give it a suffix of {', '.join(WRITTEN)}")
+    if pixels.dtype == np.uint16 and pixels.shape[2] == 2:
+        raise UserError("16-bit gray with alpha can't be written: save the image without alpha")
+    dropped = []
+    if file_format == "PNG":
+        content = with_metadata(encode_png(pixels), icc_profile, exif)
+    elif file_format == "TIFF":
+        content = encode_tiff(pixels, icc_profile, exif)
+    else:
+        pixels, dropped = fit_to_format(pixels, file_format)
+        metadata, too_much = fit_metadata(icc_profile, exif, file_format, pixels.shape[2])
+        dropped += too_much
+        content = encode_8_bit(pixels, file_format, quality, metadata)
+    write_whole(path, content)
+    return ", ".join(dropped)
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
     channels = pixels.shape[2]
     if pixels.dtype == np.uint16 and channels > 1:
-        content = encode_16_bit_colour(pixels)
-    else:
-        buffer = io.BytesIO()
-        image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
-        image.save(buffer, "PNG", compress_level=4)
-        content = buffer.getvalue()
-    write_whole(Path(path), with_metadata(content, icc_profile, exif))
+        cv2 = import_opencv()
+        order = [2, 1, 0, 3][:channels]  # RGB(A) to BGR(A)
+        _, content = cv2.imencode(".png", np.ascontiguousarray(pixels[..., order]))
+        return content.tobytes()
+    buffer = io.BytesIO()
+    to_pillow(pixels).save(buffer, "PNG", compress_level=4)
+    return buffer.getvalue()
 
 
-def encode_16_bit_colour(pixels: np.ndarray) -> bytes:
-    if pixels.shape[2] == 2:
-        raise UserError("16-bit gray with alpha can't be written: save the image without alpha")
-    cv2 = import_opencv()
-    order = [2, 1, 0, 3][: pixels.shape[2]]  # RGB(A) to BGR(A)
-    _, content = cv2.imencode(".png", np.ascontiguousarray(pixels[..., order]))
-    return content.tobytes()
+def to_pillow(pixels: np.ndarray) -> Image.Image:
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 
 def with_metadata(png: bytes, icc_profile: bytes, exif: bytes) -> bytes:
@@ -354,6 +394,96 @@ def with_metadata(png: bytes, icc_profile: bytes, exif: bytes) -> bytes:
 def png_chunk(name: bytes, content: bytes) -> bytes:
     length = len(content).to_bytes(4, "big")
     return length + name + content + zlib.crc32(name + content).to_bytes(4, "big")
+
+
+def encode_tiff(pixels: np.ndarray, icc_profile: bytes, exif: bytes) -> bytes:
+    """One strip, compressed by Deflate. Pillow writes the tags only: it can't write 16-bit RGB."""
+    height, width, channels = pixels.shape
+    pixels = pixels.astype(pixels.dtype.newbyteorder("<"))
+    differences = pixels.copy()  # of neighbours: these compress better
+    differences[:, 1:] -= pixels[:, :-1]
+    strip = zlib.compress(differences.tobytes())
+    if len(strip) >= 2**32:
+        raise UserError("a TIFF file holds at most 4 GB: write PNG")
+
+    layout: dict[str, Any] = {
+        "ImageWidth": width,
+        "ImageLength": height,
+        "BitsPerSample": (8 * pixels.itemsize,) * channels,
+        "Compression": 8,  # Deflate
+        "Predictor": 2,  # differences along each row
+        "PhotometricInterpretation": 2 if channels >= 3 else 1,  # RGB, gray
+        "SamplesPerPixel": channels,
+        "RowsPerStrip": height,
+        "StripOffsets": 0,  # from the end of the tags: Pillow adds their length
+        "StripByteCounts": len(strip),
+    }
+    if channels in (2, 4):
+        layout["ExtraSamples"] = 2  # alpha that isn't multiplied
+    if icc_profile:
+        layout["InterColorProfile"] = icc_profile
+
+    tags = ImageFileDirectory_v2()
+    details = Image.Exif()
+    details.load(exif)
+    for tag, value in details.items():
+        tags[tag] = value
+    for part in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
+        if part in details:
+            tags[part] = details.get_ifd(part)
+    for name, value in layout.items():
+        tags[ExifTags.Base[name].value] = value
+    buffer = io.BytesIO()
+    tags.save(buffer)
+    return buffer.getvalue() + strip
+
+
+def fit_to_format(pixels: np.ndarray, file_format: str) -> tuple[np.ndarray, list[str]]:
+    """(pixels, what is dropped) for JPEG and WebP."""
+    dropped = []
+    longest = LONGEST_SIDE[file_format]
+    if max(pixels.shape[:2]) > longest:
+        sentence = f"{file_format} holds at most {longest:,} pixels along each side"
+        raise UserError(f"{sentence}: write PNG or TIFF")
+    if pixels.dtype == np.uint16:
+        pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)  # rounded
+        dropped.append("8 of its 16 bits")
+    if file_format == "JPEG" and pixels.shape[2] in (2, 4):
+        pixels = pixels[..., :-1]
+        dropped.append("its transparency")
+    return np.ascontiguousarray(pixels), dropped
+
+
+def fit_metadata(
+    icc_profile: bytes, exif: bytes, file_format: str, channels: int
+) -> tuple[dict[str, bytes], list[str]]:
+    """(metadata, what is dropped) for JPEG and WebP."""
+    metadata = {}
+    dropped = []
+    if icc_profile:
+        if file_format == "WEBP" and channels < 3:
+            dropped.append("its colour profile, as WebP has no gray")
+        else:
+            metadata["icc_profile"] = icc_profile
+    if exif:
+        if file_format == "JPEG" and len(exif) > LONGEST_JPEG_EXIF:
+            dropped.append("its EXIF data, which are too long for JPEG")
+        else:
+            metadata["exif"] = exif
+    return metadata, dropped
+
+
+def encode_8_bit(
+    pixels: np.ndarray, file_format: str, quality: int | None, metadata: dict[str, bytes]
+) -> bytes:
+    """JPEG or WebP."""
+    options: dict[str, Any] = {"quality": quality or 95, "subsampling": "4:4:4"}
+    if file_format == "WEBP":
+        # exact: keep colours where alpha is 0
+        options = {"quality": quality or 80, "lossless": quality is None, "exact": True}
+    buffer = io.BytesIO()
+    to_pillow(pixels).save(buffer, file_format, **options, **metadata)
+    return buffer.getvalue()
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -282,20 +282,78 @@ def test_16_bit_colour_without_opencv_is_refused_with_the_remedy(tmp_path, monke
     assert not (tmp_path / "y.png").exists()
 
 
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".TIFF"])
 @pytest.mark.parametrize("c", [1, 2, 3, 4])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_what_is_written_is_read(tmp_path, c, dtype):
+def test_what_is_written_is_read(tmp_path, c, dtype, suffix):
     img = photo(9, 7, c, dtype=dtype)
+    path = tmp_path / f"x{suffix}"
     if dtype is np.uint16 and c == 2:
         with pytest.raises(data.UserError, match="16-bit gray with alpha"):
-            data.write_image(tmp_path / "x.png", img)
+            data.write_image(path, img)
         return
     if dtype is np.uint16 and c > 2:
         pytest.importorskip("cv2")
-    data.write_image(tmp_path / "x.png", img)
-    got = read_image(tmp_path / "x.png", alpha=True)
+    assert data.write_image(path, img) == ""
+    got = read_image(path, alpha=True)
     assert got.dtype == dtype and np.array_equal(got, img)
-    assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_other_programs_read_our_tiff(tmp_path):
+    cv2 = pytest.importorskip("cv2")
+    for dtype in (np.uint8, np.uint16):
+        for c in (1, 3):
+            img = photo(40, 33, c, dtype=dtype)
+            data.write_image(tmp_path / "x.tif", img)
+            got = np.atleast_3d(cv2.imread(str(tmp_path / "x.tif"), cv2.IMREAD_UNCHANGED))
+            assert got.dtype == dtype and np.array_equal(got[..., ::-1], img), (dtype, c)
+
+
+@pytest.mark.parametrize("c", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_what_jpeg_and_webp_can_not_hold_is_named(tmp_path, c, dtype):
+    if dtype is np.uint16 and c == 2:
+        return
+    img = photo(64, 48, c, dtype=dtype)
+    depth = ["8 of its 16 bits"] if dtype is np.uint16 else []
+    alpha = ["its transparency"] if c in (2, 4) else []
+    eight = img
+    if dtype is np.uint16:
+        eight = np.round(img / 257).astype(np.uint8)
+
+    assert data.write_image(tmp_path / "x.webp", img) == ", ".join(depth)
+    got = read_image(tmp_path / "x.webp", alpha=True)
+    if c <= 2:  # WebP has no gray
+        gray = np.repeat(eight[..., :1], 3, axis=2)
+        eight_webp = np.concatenate([gray, eight[..., 1:]], axis=2)
+    else:
+        eight_webp = eight
+    assert np.array_equal(got, eight_webp)
+
+    assert data.write_image(tmp_path / "x.jpg", img) == ", ".join(depth + alpha)
+    got = read_image(tmp_path / "x.jpg", alpha=True)
+    colours = 3 if c >= 3 else 1
+    assert got.shape == (64, 48, colours)
+    assert abs(got - eight[..., :colours].astype(float)).mean() < 4  # quality 95
+    with Image.open(tmp_path / "x.jpg") as image:
+        assert {layer[1:3] for layer in image.layer} == {(1, 1)}  # 4:4:4
+    size = (tmp_path / "x.jpg").stat().st_size
+    data.write_image(tmp_path / "x.JPEG", img, quality=30)
+    assert (tmp_path / "x.JPEG").stat().st_size < size / 2
+    lossless = (tmp_path / "x.webp").stat().st_size
+    data.write_image(tmp_path / "x.webp", img, quality=30)
+    assert (tmp_path / "x.webp").stat().st_size < lossless * 2 / 3  # alpha stays lossless
+
+
+def test_what_no_format_holds_is_refused_in_a_sentence(tmp_path):
+    with pytest.raises(data.UserError, match=r"x\.gif can't be written: give it a suffix of \.png"):
+        data.write_image(tmp_path / "x.gif", photo(8, 8))
+    with pytest.raises(data.UserError, match=r"WEBP holds at most 16,383 pixels.*write PNG"):
+        data.write_image(tmp_path / "x.webp", np.zeros((1, 16_384, 1), np.uint8))
+    with pytest.raises(data.UserError, match=r"JPEG holds at most 65,500 pixels"):
+        data.write_image(tmp_path / "x.jpg", np.zeros((65_501, 1, 3), np.uint8))
+    assert not list(tmp_path.iterdir())
 
 
 def test_samples_are_the_same_with_and_without_the_cache(tmp_path):
@@ -1450,15 +1508,17 @@ def profile(space):
     return b"\0" * 16 + space + b"\0" * 108
 
 
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".jpg", ".webp"])
 @pytest.mark.parametrize("depth", [np.uint8, np.uint16])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_metadata_survive(tmp_path, channels, depth):
+def test_metadata_survive(tmp_path, channels, depth, suffix):
     if depth == np.uint16 and channels == 3:
         pytest.importorskip("cv2")
     exif = Image.Exif()
     exif[0x0112] = 6
     exif[0x010F] = "Maker"
     exif[0x8769] = {0x829A: 0.5, 0xA002: 24}  # exposure time, width
+    exif[0x8825] = {1: "N", 2: (1.0, 2.0, 3.5)}  # latitude
     icc = profile(b"GRAY" if channels == 1 else b"RGB ")
     Image.fromarray(photo(16, 24)).convert("L" if channels == 1 else "RGB").save(
         tmp_path / "x.jpg", exif=exif, icc_profile=icc
@@ -1466,13 +1526,27 @@ def test_metadata_survive(tmp_path, channels, depth):
     metadata, dropped = data.read_metadata(tmp_path / "x.jpg")
     assert dropped == ""
     pixels = photo(24, 16, channels, dtype=depth)
-    data.write_image(tmp_path / "y.png", pixels, **metadata)
-    assert np.array_equal(read_image(tmp_path / "y.png"), pixels)
-    with Image.open(tmp_path / "y.png") as image:
-        assert image.info["icc_profile"] == icc
+    path = tmp_path / f"y{suffix}"
+    dropped = data.write_image(path, pixels, **metadata)
+    no_gray = suffix == ".webp" and channels == 1
+    assert ("its colour profile, as WebP has no gray" in dropped) == no_gray
+    if suffix in (".png", ".tif"):
+        assert np.array_equal(read_image(path), pixels)
+    with Image.open(path) as image:
+        assert image.info.get("icc_profile") == (None if no_gray else icc)
         written = image.getexif()
-        assert written[0x010F] == "Maker" and 0x0112 not in written
+        assert written[0x010F] == "Maker" and written.get(0x0112, 1) == 1
         assert dict(written.get_ifd(0x8769)) == {0x829A: 0.5}
+        assert dict(written.get_ifd(0x8825)) == {1: "N", 2: (1.0, 2.0, 3.5)}
+
+
+def test_exif_that_is_too_long_for_jpeg_is_dropped_and_said(tmp_path):
+    exif = Image.Exif()
+    exif[0x8769] = {0x927C: bytes(70_000)}  # the maker's note
+    metadata = {"exif": exif.tobytes()}
+    said = data.write_image(tmp_path / "x.jpg", photo(8, 8), **metadata)
+    assert said == "its EXIF data, which are too long for JPEG"
+    assert data.write_image(tmp_path / "x.png", photo(8, 8), **metadata) == ""
 
 
 def test_a_profile_of_other_colours_is_dropped_and_said(tmp_path):
