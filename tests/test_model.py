@@ -1110,7 +1110,7 @@ def test_masked_tokens_get_no_weight_and_files_the_published_mask():
     # Attention with unit vectors as values returns the weights.
     regions = model.window_regions(24, 24, 4)
     regions = model.window_partition(regions[None, :, :, None], 8)[0, :, :, 0]
-    q, k = torch.randn(2, 1, 9, 1, 64, 6)
+    q, k = torch.randn(2, 1, 9, 1, 64, 64) / 4
     weights = model.window_attention(
         q, k, torch.eye(64).expand(1, 9, 1, 64, 64), torch.zeros(1, 64, 64), regions
     )
@@ -1157,7 +1157,7 @@ def test_files_hold_only_what_spandrel_allows(tmp_path):
 def test_heads_of_any_width_are_padded_without_a_trace():
     """The reference computes attention of one window by hand, in float64."""
     for dim, heads in ((12, 2), (48, 1), (20, 4), (32, 2)):
-        attn = model.WindowAttention(dim, 4, heads, True, None, 0.0, 0.0).double()
+        attn = model.WindowAttention(dim, 4, heads, True, None, 0.0, 0.0, "math").double()
         x = torch.randn(1, 3, 16, dim, dtype=torch.float64)
         regions = torch.randint(0, 2, (3, 16), dtype=torch.uint8)
         q, k, v = attn.qkv(x).view(3, 16, 3, heads, dim // heads).permute(2, 0, 3, 1, 4)
