@@ -1,6 +1,8 @@
 """SwinIR (Liang et al. 2021, https://arxiv.org/abs/2108.10257), and everything to use a network.
 
-    python model.py net_g_best.pth photos/ restored/   # a file or a folder; see --help
+    python model.py experiments/mine photo.jpg                  # to photo_restored.png; see --help
+    python model.py net_g_best.pth photos/ restored/ --format=jpg
+    python model.py experiments/mine --export mine.safetensors  # or mine.onnx, to publish it
 
     net = load("net_g_best.pth")
     output = restore(net, image)               # (B, in_chans, H, W) float in [0, 1], any size
@@ -15,18 +17,23 @@ h heads of d = C / h channels. A token is a pixel of the features. Images have i
 
 import argparse
 import contextlib
+import datetime
+import hashlib
+import json
 import os
 import re
+import shlex
 import sys
 import time
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from math import isqrt
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -818,9 +825,9 @@ def load_weights(
 def read_weights(
     path: str | Path, param_key: str, own: Collection[str] = (ANCHOR,)
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(state dict under plain keys, the file's "network" and "arguments"). Runs no code of the
-    file. Raises UserError. `own` are the keys of the network that the weights are for."""
-    about = {"network": "swinir", "arguments": {}}
+    """(state dict under plain keys, what the file says about it). Runs no code of the file. Raises
+    UserError. `own` are the keys of the network that the weights are for."""
+    about = {"network": "swinir", "arguments": {}, "iter": 0, "metadata": {}}
     try:
         file = read_file(Path(path).expanduser())
         for key, usual in about.items():
@@ -874,16 +881,24 @@ def is_safetensors(start: bytes) -> bool:
     return start[8:9] == b"{" and length <= 100_000_000  # the format's limit
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
+def read_safetensors(path: Path) -> dict[str, Any]:
+    """Its tensors, its metadata, and the network and the arguments that `export` writes there."""
     try:
-        from safetensors.torch import load_file
+        from safetensors import safe_open
     except ModuleNotFoundError as error:
         raise UserError("it is a safetensors file: pip install safetensors") from error
     try:
-        return load_file(str(path))
+        with safe_open(str(path), framework="pt") as file:
+            keys = file.keys()
+            content: dict[str, Any] = {key: file.get_tensor(key) for key in keys}
+            metadata = file.metadata() or {}
+        if "network" in metadata and "arguments" in metadata:
+            content["network"] = metadata["network"]
+            content["arguments"] = json.loads(metadata["arguments"])
     except Exception as error:  # a damaged file raises anything
         reason = one_line(error)
         raise UserError(f"it is damaged: copy or download it again ({reason})") from error
+    return content | {"metadata": metadata}
 
 
 AGAIN = "copy or download it again"
@@ -1279,10 +1294,138 @@ def restore_pixels(
     return output[0].permute(1, 2, 0).numpy().astype(pixels.dtype)
 
 
-# ONNX
+# Publishing: files that other programs load, with a description of the network in each
+
+# What the metadata say about the training, where it is known
+TRAINING_FACTS = (
+    "iterations",
+    "dataset",
+    "degradation",  # a name, or "pairs": the degraded images were given
+    "degradation_options",  # JSON
+    "batch_size",
+    "gt_size",
+    "pretrain_network",
+)
+# Where the names of the tensors come from
+IMPLEMENTATIONS = {"swinir": "https://github.com/JingyunLiang/SwinIR"}
 
 
-def export_onnx(net: nn.Module, path: Path) -> str:
+def run_folder(path: Path) -> Path | None:
+    """experiments/mine for experiments/mine/models/net_g_best.pth; None for a file elsewhere."""
+    models = path.absolute().parent
+    if models.name == "models" and (models.parent / "config.json").exists():
+        return models.parent
+    return None
+
+
+def training_facts(path: Path, about: dict[str, Any]) -> dict[str, str]:
+    """Those of TRAINING_FACTS that the network's file or its run's config.json tells."""
+    metadata = about["metadata"]
+    facts = {}
+    if "network" in metadata:  # an exported file
+        facts = {key: metadata[key] for key in TRAINING_FACTS if key in metadata}
+    if about["iter"]:
+        facts["iterations"] = str(about["iter"])
+    folder = run_folder(path)
+    if folder:
+        facts |= facts_of_config(folder / "config.json")
+    return facts
+
+
+def facts_of_config(path: Path) -> dict[str, str]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        name = config["degradation"]
+        facts = {key: str(config[key]) for key in ("batch_size", "gt_size")}
+    except (ValueError, LookupError, TypeError) as error:
+        advice = "restore it, or copy the network to another folder"
+        raise UserError(f"{path} can't be read ({one_line(error)}): {advice}") from error
+    data = data_module()
+    # Names only: the folders they are in are nobody's business.
+    roots = [Path(root).name for root in data.split_roots(config.get("dataroot_gt"))]
+    facts["dataset"] = ", ".join(roots) or "synthetic images"
+    if config.get("dataroot_lq"):
+        facts["degradation"] = "pairs"
+    else:
+        options = data.options_of_degradation(name, SimpleNamespace(**config))
+        facts["degradation"] = name
+        facts["degradation_options"] = json.dumps(options)
+    if config.get("pretrain_network"):
+        facts["pretrain_network"] = Path(config["pretrain_network"]).stem
+    return facts
+
+
+def describe_network(net: nn.Module, facts: dict[str, str]) -> str:
+    colours = "gray" if net.in_chans == 1 else "colour"
+    parts = [f"Scale {net.factor}, {colours} images"]
+    if "iterations" in facts:
+        parts.append(f"{int(facts['iterations']):,} iterations")
+    if "dataset" in facts:
+        parts.append(f"dataset: {facts['dataset']}")
+    if "degradation" in facts:
+        options = json.loads(facts.get("degradation_options", "{}"))
+        values = [f"{key}={value}" for key, value in options.items()]
+        parts.append(f"degradation: {', '.join([facts['degradation'], *values])}")
+    return "; ".join(parts)
+
+
+def metadata_of(net: nn.Module, network: str, facts: dict[str, str], title: str) -> dict[str, str]:
+    """ModelSpec's keys (https://github.com/Stability-AI/ModelSpec), and those that `load` reads."""
+    return {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": network,
+        "modelspec.implementation": IMPLEMENTATIONS.get(network, "nanoSwinIR"),
+        "modelspec.title": title,
+        "modelspec.description": describe_network(net, facts),
+        "modelspec.date": datetime.date.today().isoformat(),
+        "network": network,
+        "arguments": json.dumps(net.arguments),
+        "scale": str(net.factor),
+        **facts,
+    }
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary path, whose file is renamed to `path` unless an exception is raised."""
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        part.replace(path)
+    except OSError as error:
+        advice = "see to the disk and the permissions"
+        raise UserError(f"{path} can't be written ({error.strerror or error}): {advice}") from error
+    finally:
+        with contextlib.suppress(OSError):  # such as a folder that is a file
+            part.unlink(missing_ok=True)
+
+
+def export_safetensors(net: nn.Module, path: Path, metadata: dict[str, str] | None = None) -> str:
+    """Writes the weights under plain keys; returns a sentence about them.
+
+    Raises UserError, and writes nothing, if `load` returns another network. Needs safetensors.
+    """
+    from safetensors.torch import save
+
+    tensors = {}
+    for key, value in portable(net.state_dict()).items():
+        tensors[key] = value.clone()  # `portable` shares some: the format can't
+    metadata = metadata or {}
+    content = save(tensors, metadata)
+    header = 8 + int.from_bytes(content[:8], "little")  # bytes before the tensors
+    checksum = hashlib.sha256(content[header:]).hexdigest()
+    content = save(tensors, metadata | {"modelspec.hash_sha256": f"0x{checksum}"})
+    with whole_file(path) as part:
+        part.write_bytes(content)
+        written = load(part).state_dict()
+        for key, value in net.state_dict().items():
+            if not torch.equal(written[key], value.cpu()):
+                raise UserError(f"{path}: not written, because its {key} differs")
+    return f"{len(tensors)} tensors, equal to the network's when loaded again"
+
+
+def export_onnx(net: nn.Module, path: Path, metadata: dict[str, str] | None = None) -> str:
     """Writes opset 18 with dynamic batch, height and width; returns how it compares with PyTorch.
 
     Raises UserError, and writes nothing, if the two differ. Needs onnx and onnxruntime.
@@ -1295,24 +1438,23 @@ def export_onnx(net: nn.Module, path: Path) -> str:
         (1, multiple + 2, 1),
         (1, 1, 1),
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
     try:
-        trace_onnx(net, part)
-        worst = onnx_difference(net, part, sizes)
-        if not worst < 1e-3:  # NaN isn't
-            raise UserError(f"{path}: not written, because ONNX and PyTorch differ by {worst:.1e}")
-        part.replace(path)
+        with whole_file(path) as part:
+            trace_onnx(net, part, metadata or {})
+            worst = onnx_difference(net, part, sizes)
+            if not worst < 1e-3:  # NaN isn't
+                sentence = f"not written, because ONNX and PyTorch differ by {worst:.1e}"
+                raise UserError(f"{path}: {sentence}")
     except Exception as error:
         if isinstance(error.__cause__, ImportError):  # older versions of torch hide it
             raise error.__cause__ from None
         raise
-    finally:
-        part.unlink(missing_ok=True)
     return f"opset 18, any size, within {worst:.1e} of PyTorch at {len(sizes)} sizes"
 
 
-def trace_onnx(net: nn.Module, path: Path) -> None:
+def trace_onnx(net: nn.Module, path: Path, metadata: dict[str, str]) -> None:
+    import onnx
+
     sides = {0: "batch", 2: "height", 3: "width"}
     example = torch.rand(1, net.in_chans, net.multiple + 1, net.multiple + 2)
     with warnings.catch_warnings(), torch.enable_grad():  # with gradients: all windows at once
@@ -1327,6 +1469,9 @@ def trace_onnx(net: nn.Module, path: Path) -> None:
             opset_version=18,
             dynamo=False,
         )
+    graph = onnx.load(path)
+    onnx.helper.set_model_props(graph, metadata)
+    onnx.save(graph, path)
 
 
 def onnx_difference(net: nn.Module, path: Path, sizes: list[tuple[int, int, int]]) -> float:
@@ -1354,7 +1499,242 @@ def onnx_path(path: Path) -> Path:
     return path.with_name(path.name + ".onnx")
 
 
+# By suffix: function(network, path, metadata), which returns a sentence about the file
+EXPORTS = {".safetensors": export_safetensors, ".onnx": export_onnx}
+
+# OpenModelDB's tags for what a network does, by the degradation that it was trained with
+OPENMODELDB_TAGS = {
+    "noise": ["denoise", "restoration"],
+    "jpeg": ["compression-removal", "jpeg", "restoration"],
+    "bicubic": ["general-upscaler"],
+    "bsrgan": ["compression-removal", "deblur", "denoise", "general-upscaler", "restoration"],
+    "realesrgan": ["compression-removal", "deblur", "denoise", "general-upscaler", "restoration"],
+}
+
+
+def openmodeldb_entry(
+    net: nn.Module, network: str, facts: dict[str, str], files: list[Path]
+) -> dict[str, Any]:
+    """What https://openmodeldb.info asks for, as in its data/models/*.json. Author, license and
+    addresses are left to fill in."""
+    entry = {
+        "name": files[0].stem,
+        "author": "",
+        "license": None,
+        "tags": OPENMODELDB_TAGS.get(facts.get("degradation", ""), []),
+        "description": describe_network(net, facts),
+        "date": datetime.date.today().isoformat(),
+        "architecture": network,
+        "size": openmodeldb_size(net) if network == "swinir" else None,
+        "scale": net.factor,
+        "inputChannels": net.in_chans,
+        "outputChannels": net.in_chans,
+        "resources": [openmodeldb_resource(path) for path in files],
+    }
+    numbers = {
+        "trainingIterations": "iterations",
+        "trainingBatchSize": "batch_size",
+        "trainingHRSize": "gt_size",
+    }
+    for key, fact in numbers.items():
+        if fact in facts:
+            entry[key] = int(facts[fact])
+    if "degradation" in facts:
+        entry["trainingOTF"] = facts["degradation"] != "pairs"  # on the fly
+    if "dataset" in facts:
+        entry["dataset"] = facts["dataset"]
+    if "pretrain_network" in facts:
+        entry["pretrainedModelG"] = facts["pretrain_network"]
+    return entry | {"images": []}
+
+
+def openmodeldb_size(net: nn.Module) -> list[str]:
+    """As spandrel, from which OpenModelDB takes it, names sizes of SwinIR."""
+    arguments = net.arguments
+    size = "medium"
+    if len(arguments["depths"]) <= 4:
+        size = "small"
+    elif len(arguments["depths"]) >= 9:
+        size = "large"
+    patch = f"s{arguments['img_size']}w{arguments['window_size']}"
+    return [size, patch, f"{arguments['embed_dim']}dim", arguments["resi_connection"]]
+
+
+def openmodeldb_resource(path: Path) -> dict[str, Any]:
+    kind = path.suffix.lower().removeprefix(".")
+    content = path.read_bytes()
+    return {
+        "platform": "onnx" if kind == "onnx" else "pytorch",
+        "type": kind,
+        "size": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "urls": [],
+    }
+
+
 # Command line
+
+
+def main() -> int | str | None:
+    args = parse_arguments()
+    data_module().escape_unprintable()
+    path = find_network(args.net)
+    if path != args.net:
+        print(f"network: {path}")
+    if args.export:
+        export_files(path, args)
+        return None
+
+    suffix = output_suffix(args)
+    target = args.output or default_output(args.input, suffix)
+    jobs = list_jobs(args.input, target, suffix)
+    if args.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(free_cores(), torch.get_num_threads()))
+    check_device(args.device)
+    net = load(path, args.param_key, args.device)
+    missing = [(image, output) for image, output in jobs if args.overwrite or not output.exists()]
+    restored, failed = restore_files(net, missing, args)
+
+    already = len(jobs) - len(missing)
+    if args.input.is_dir():
+        print(count_images(target, len(restored), already))
+    elif already:
+        print(f"{jobs[0][1]} is there already (--overwrite restores it again)")
+    elif restored:
+        print(restored[0])
+    if failed and args.input.is_dir():
+        names = ", ".join(failed[:9])
+        return f"error: {len(failed)} of {len(missing)} images failed: {names}"
+    if failed:
+        return 1  # its error is there
+    folder = run_folder(path)
+    if restored and folder:
+        print(f"publish it: {export_command(args, folder.name)}")
+    return None
+
+
+class CommandLine(argparse.ArgumentParser):
+    """Says a mistake in one sentence, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see --help\n")
+
+
+def parse_arguments() -> argparse.Namespace:
+    formats = [suffix.removeprefix(".") for suffix in data_module().WRITTEN]
+    cli = CommandLine(
+        description="Restores an image, or all images in a folder; or exports a network.",
+        epilog="Images that are there already are skipped, so a command that was stopped goes on. "
+        "PNG and TIFF keep bits, transparency, colour profile and EXIF.",
+    )
+    cli.add_argument(
+        "net",
+        metavar="NET",
+        type=Path,
+        help="a run's folder, as experiments/mine, or a file: ours, official, BasicSR's, KAIR's",
+    )
+    cli.add_argument("input", metavar="INPUT", nargs="?", type=Path, help="an image or a folder")
+    cli.add_argument(
+        "output",
+        metavar="OUTPUT",
+        nargs="?",
+        type=Path,
+        help="a file, whose suffix is its format, or a folder (default: beside INPUT, with "
+        "_restored in the name)",
+    )
+    cli.add_argument("--format", choices=formats, help="of the images in a folder (default: png)")
+    cli.add_argument(
+        "--quality", type=int, help="1 to 100: of JPEG (default: 95), of WebP (default: lossless)"
+    )
+    cli.add_argument("--overwrite", action="store_true", help="restore what is there already, too")
+    cli.add_argument("--param_key", default="params_ema", help="which weights (%(default)s)")
+    cli.add_argument("--tile", type=int, help="input pixels (default: whole, or as memory allows)")
+    cli.add_argument("--overlap", type=int, default=32, help="of tiles, in pixels (default: 32)")
+    cli.add_argument(
+        "--ensemble", action="store_true", help="mean of 8 symmetries: 8 times as slow"
+    )
+    cli.add_argument(
+        "--device", default=default_device(), help="cpu, cuda, cuda:1, mps (%(default)s)"
+    )
+    cli.add_argument("--bf16", action="store_true", help="bfloat16: faster, a little less exact")
+    cli.add_argument(
+        "--export",
+        metavar="FILE",
+        type=Path,
+        action="append",
+        default=[],
+        help="write the network as FILE.safetensors or FILE.onnx instead; may be repeated",
+    )
+    cli.add_argument("--onnx", metavar="FILE", type=Path, help="the same as --export FILE.onnx")
+    cli.add_argument(
+        "--openmodeldb",
+        metavar="FILE",
+        type=Path,
+        help="beside --export: write the JSON that openmodeldb.info asks for",
+    )
+    args = cli.parse_intermixed_args()
+    if args.onnx:
+        args.export.append(onnx_path(args.onnx))
+    check_usage(cli, args)
+    return args
+
+
+def check_usage(cli: CommandLine, args: argparse.Namespace) -> None:
+    if args.input is None and not args.export:
+        cli.error("give an image or a folder after NET, or --export=FILE")
+    if args.input is not None and args.export:
+        cli.error("--export writes the network and restores nothing: leave INPUT out")
+    if args.openmodeldb and not args.export:
+        cli.error("--openmodeldb describes an exported file: give --export=FILE, too")
+    if args.quality is not None and not 1 <= args.quality <= 100:
+        cli.error(f"--quality={args.quality} must be from 1 to 100")
+
+
+def find_network(path: Path) -> Path:
+    """The file itself; of a run's folder the best network, or else the newest."""
+    if not path.is_dir():
+        return path
+    best = path / "models" / "net_g_best.pth"
+    if best.exists():
+        return best
+    files = {}
+    for file in path.glob("models/net_g_*.pth"):
+        iteration = file.stem.removeprefix("net_g_")
+        if iteration.isdecimal():
+            files[int(iteration)] = file
+    if files:
+        return files[max(files)]
+    raise UserError(
+        f"{path} is a folder without models/net_g_best.pth or models/net_g_<iter>.pth: give the "
+        "folder of a run, or train longer: a network comes with the first validation or checkpoint"
+    )
+
+
+def export_files(path: Path, args: argparse.Namespace) -> None:
+    for target in args.export:
+        if target.suffix.lower() not in EXPORTS:
+            raise UserError(f"--export={target}: give a file that ends in {' or '.join(EXPORTS)}")
+        if target.exists() and target.samefile(path):
+            raise UserError(f"--export={target}: that is the network itself: give another name")
+    net = load(path, args.param_key)
+    _, about = read_weights(path, args.param_key)
+    facts = training_facts(path, about)
+    for target in args.export:
+        metadata = metadata_of(net, about["network"], facts, target.stem)
+        print(f"{target}: {EXPORTS[target.suffix.lower()](net, target, metadata)}")
+    print(f"its metadata: {describe_network(net, facts)}")
+    if args.openmodeldb:
+        entry = openmodeldb_entry(net, about["network"], facts, args.export)
+        with whole_file(args.openmodeldb) as part:
+            part.write_text(json.dumps(entry, indent=4, ensure_ascii=False), encoding="utf-8")
+        print(f"{args.openmodeldb}: fill in author, license and urls, and check the rest")
+
+
+def export_command(args: argparse.Namespace, name: str) -> str:
+    words = ["python", "model.py", str(args.net), "--export", f"{name}.safetensors"]
+    if args.param_key != "params_ema":
+        words.append(f"--param_key={args.param_key}")
+    return shlex.join(words)
 
 
 def free_cores() -> int:
@@ -1390,44 +1770,6 @@ def cpu_ticks(cores: set[int]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(idle), np.array(total)
 
 
-def main() -> int | str | None:
-    cli = argparse.ArgumentParser(description="Restores an image, or all in a folder, to PNG.")
-    cli.add_argument("net", help="a SwinIR checkpoint: ours, official, BasicSR, KAIR")
-    cli.add_argument("input", nargs="?", type=Path, help="an image or a folder")
-    cli.add_argument("output", nargs="?", type=Path, help="a .png file or a folder")
-    cli.add_argument("--param_key", default="params_ema", help="which weights (%(default)s)")
-    cli.add_argument("--tile", type=int, help="input pixels (default: whole, or as memory allows)")
-    cli.add_argument("--overlap", type=int, default=32, help="of tiles, in pixels (default: 32)")
-    cli.add_argument(
-        "--ensemble", action="store_true", help="mean of 8 symmetries: 8 times as slow"
-    )
-    cli.add_argument(
-        "--device", default=default_device(), help="cpu, cuda, cuda:1, mps (%(default)s)"
-    )
-    cli.add_argument("--bf16", action="store_true", help="bfloat16: faster, a little less exact")
-    cli.add_argument("--onnx", type=Path, metavar="FILE", help="write the network as ONNX instead")
-    args = cli.parse_intermixed_args()
-
-    if args.onnx:
-        path = onnx_path(args.onnx)
-        print(f"{path}: {export_onnx(load(args.net, args.param_key), path)}")
-        return None
-    if args.input is None or args.output is None or not fitting(args.input, args.output):
-        cli.error(
-            "give NET INPUT OUTPUT: of an image to a .png file or a folder, of a folder to a folder"
-        )
-    if args.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(free_cores(), torch.get_num_threads()))
-    check_device(args.device)
-    net = load(args.net, args.param_key, args.device)
-    data_module().escape_unprintable()
-    jobs = list_jobs(args.input, args.output)
-    failed = restore_files(net, jobs, args)
-    if failed:
-        return f"{len(failed)} of {len(jobs)} images failed: {', '.join(failed[:9])}"
-    return None
-
-
 def default_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
@@ -1442,37 +1784,45 @@ def check_device(name: str) -> None:
         raise UserError(f"--device={name} can't be used here: {reason}") from None
 
 
-def fitting(source: Path, target: Path) -> bool:
-    """A .png file is for one image. What ends like another image file is refused; all else, such
-    as restored_v1.2, is the name of a folder."""
-    suffix = target.suffix.lower()
-    if suffix == ".png":
-        return not source.is_dir()
-    return suffix not in data_module().IMAGE_SUFFIXES
+def output_suffix(args: argparse.Namespace) -> str:
+    """The suffix of the images that are written, such as ".png"."""
+    data = data_module()
+    suffix = f".{args.format or 'png'}"
+    # What ends like an image is a file. All else, such as restored_v1.2, is a folder.
+    if args.output and args.output.suffix.lower() in data.IMAGE_SUFFIXES:
+        suffix = args.output.suffix.lower()
+        if args.input.is_dir():
+            raise UserError(f"{args.output}: {args.input} is a folder: give a folder for it, too")
+        if suffix not in data.WRITTEN:
+            raise UserError(f"{args.output}: give it a suffix of {', '.join(data.WRITTEN)}")
+        if args.format and data.WRITTEN[f".{args.format}"] != data.WRITTEN[suffix]:
+            raise UserError(
+                f"{args.output}: --format={args.format} is another format: leave it out"
+            )
+    if args.quality is not None and data.WRITTEN[suffix] not in ("JPEG", "WEBP"):
+        raise UserError(f"--quality is for JPEG and WebP, not for {suffix}: give --format=jpg")
+    return suffix
 
 
-def list_jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
-    """(image, output) for each image. Outputs of images that differ in their suffix alone keep it:
-    a.jpg.png, a.tif.png."""
+def default_output(source: Path, suffix: str) -> Path:
+    """photo_restored.png beside photo.jpg, photos_restored beside photos/."""
+    if source.is_dir():
+        if source.name in ("", ".."):
+            source = source.resolve()
+        return source.with_name(f"{source.name}_restored")
+    return source.with_name(data_module().fit_name(f"{source.stem}_restored{suffix}"))
+
+
+def list_jobs(source: Path, target: Path, suffix: str) -> list[tuple[Path, Path]]:
+    """(image, output) for each image."""
     if not source.exists():
         raise UserError(f"{source} is not there")
-    data = data_module()
     if source.is_dir():
-        others = Counter()
-        names = [path.relative_to(source) for path in data.list_images(source, others)]
-        if others:
-            print(f"{source}{data.name_others(others)}", file=sys.stderr)
-        alike = data.differ_in_suffix_only(names)
-        jobs = []
-        for name in names:
-            output = name.with_suffix(".png")
-            if name in alike:
-                output = name.with_name(data.fit_name(name.name + ".png"))
-            jobs.append((source / name, target / output))
-    elif target.suffix.lower() == ".png":
+        jobs = list_jobs_of_folder(source, target, suffix)
+    elif target.suffix.lower() == suffix:
         jobs = [(source, target)]
     else:
-        jobs = [(source, target / f"{source.stem}.png")]
+        jobs = [(source, target / f"{source.stem}{suffix}")]
     outputs = Counter(output for _, output in jobs)
     for path, output in jobs:
         if outputs[output] > 1:
@@ -1484,28 +1834,70 @@ def list_jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
     return jobs
 
 
+def list_jobs_of_folder(source: Path, target: Path, suffix: str) -> list[tuple[Path, Path]]:
+    """Outputs of images that differ in their suffix alone keep it: a.jpg.png, a.tif.png."""
+    data = data_module()
+    others = Counter()
+    names = [path.relative_to(source) for path in data.list_images(source, others)]
+    if others:
+        print(f"note: {source}{data.name_others(others)}", file=sys.stderr)
+    alike = data.differ_in_suffix_only(names)
+    jobs = []
+    for name in names:
+        output = name.with_suffix(suffix)
+        if name in alike:
+            output = name.with_name(data.fit_name(name.name + suffix))
+        jobs.append((source / name, target / output))
+    return jobs
+
+
 def restore_files(
     net: nn.Module, jobs: list[tuple[Path, Path]], args: argparse.Namespace
-) -> list[str]:
-    """Restores each image; names those that fail, and goes on. Returns their paths."""
-    data = data_module()
+) -> tuple[list[str], list[str]]:
+    """Restores each image; names those that fail, and goes on.
+
+    Returns a sentence about each image that was restored, and the paths of those that failed.
+    """
+    restored = []
     failed = []
-    kind = args.device.split(":")[0]
-    for path, output in tqdm(jobs, str(args.output), unit="image"):
+    hidden = True if len(jobs) == 1 else None  # None: shown in a terminal
+    for path, output in tqdm(jobs, "restoring", unit="image", leave=False, disable=hidden):
         try:
-            pixels = data.read_image(path, alpha=True)
-            with torch.autocast(kind, torch.bfloat16, enabled=args.bf16):
-                restored = restore_pixels(net, pixels, args.tile, args.overlap, args.ensemble)
-            metadata, dropped = data.read_metadata(path)
-            if dropped:
-                tqdm.write(f"note: {dropped}", file=sys.stderr)
-            output.parent.mkdir(parents=True, exist_ok=True)
-            data.write_image(output, restored, **metadata)
+            restored.append(restore_file(net, path, output, args))
         except (ValueError, RuntimeError, OSError, MemoryError) as error:
             failed.append(str(path))
             reason = str(error).removeprefix(f"{path}: ") or type(error).__name__
-            tqdm.write(f"{path}: {reason}", file=sys.stderr)
-    return failed
+            tqdm.write(f"error: {path}: {reason}", file=sys.stderr)
+    return restored, failed
+
+
+def restore_file(net: nn.Module, path: Path, output: Path, args: argparse.Namespace) -> str:
+    """Returns a sentence about the output."""
+    data = data_module()
+    begin = time.perf_counter()
+    pixels = data.read_image(path, alpha=True)
+    kind = args.device.split(":")[0]
+    with torch.autocast(kind, torch.bfloat16, enabled=args.bf16):
+        restored = restore_pixels(net, pixels, args.tile, args.overlap, args.ensemble)
+    metadata, note = data.read_metadata(path)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    dropped = data.write_image(output, restored, **metadata, quality=args.quality)
+    if dropped:
+        note = f"{note}, {dropped}" if note else f"{path}: dropped: {dropped}"
+    if note:
+        tqdm.write(f"note: {note}", file=sys.stderr)
+    height, width = restored.shape[:2]
+    return f"{output}: {width:,} x {height:,} pixels, {time.perf_counter() - begin:.1f} s"
+
+
+def count_images(target: Path, restored: int, already: int) -> str:
+    images = "image" if restored == 1 else "images"
+    sentence = f"{restored:,} {images} restored to {target}/"
+    if already == 1:
+        sentence += "; 1 was there already (--overwrite restores it, too)"
+    elif already:
+        sentence += f"; {already:,} were there already (--overwrite restores them, too)"
+    return sentence
 
 
 def data_module() -> Any:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -870,7 +871,8 @@ def run(*arguments):
         try:
             told = model.main()
             code = 1 if told else 0
-            print(told or "", file=err, end="")
+            if isinstance(told, str):
+                print(told, file=err)
         except SystemExit as stop:
             code = stop.code
         except (ValueError, RuntimeError, OSError) as error:
@@ -967,6 +969,265 @@ def test_the_command_needs_data_py_and_nothing_else(tmp_path):
     assert (read(tmp_path / "b.png") == 7).all()
 
 
+def run_of_training(folder, net, **options):
+    """What train.py leaves of a run, as far as model.py reads it."""
+    (folder / "models").mkdir(parents=True)
+    config = {"degradation": "noise", "sigma": 25.0, "quality": 40, "batch_size": 8, "gt_size": 16}
+    config |= {"dataroot_gt": None, "dataroot_lq": None, "pretrain_network": None}
+    (folder / "config.json").write_text(json.dumps(config | options))
+    for number in (9, 10):
+        saved(folder / "models" / f"net_g_{number}.pth", net, iter=number, network="swinir")
+    return folder
+
+
+def test_of_a_runs_folder_the_best_or_else_the_newest_network_is_taken(tmp_path):
+    folder = run_of_training(tmp_path / "mine", identity())
+    models = folder / "models"
+    saved(models / "net_g_best_before_99.pth", identity())
+    image = tmp_path / "a.png"
+    write(image, np.full((9, 9, 3), 7, np.uint8))
+    done = run(folder, image, "--device=cpu")
+    assert done.stdout.startswith(f"network: {models / 'net_g_10.pth'}\n"), done.stderr
+    shutil.copy(models / "net_g_9.pth", models / "net_g_best.pth")
+    done = run(folder, image, "--device=cpu", "--overwrite")
+    assert done.stdout.startswith(f"network: {models / 'net_g_best.pth'}\n")
+    assert done.stdout.endswith(f"publish it: python model.py {folder} --export mine.safetensors\n")
+    shutil.rmtree(models)
+    done = run(folder, image)
+    said = "the folder of a run, or train longer: a network comes with the first validation or"
+    assert done.returncode == 1 and said in done.stderr
+
+
+def test_without_an_output_it_lies_beside_the_input(tmp_path, monkeypatch):
+    net = saved(tmp_path / "net.pth", identity())
+    write(tmp_path / "photos" / "a.v1.png", np.full((9, 8, 3), 7, np.uint8))
+    write(tmp_path / "photos" / "b" / "c.png", np.full((9, 8, 1), 7, np.uint8))
+    done = run(net, tmp_path / "photos" / "a.v1.png", "--device=cpu")
+    want = tmp_path / "photos" / "a.v1_restored.png"
+    assert re.fullmatch(rf"{want}: 8 x 9 pixels, \d+\.\d s\n", done.stdout), done.stderr
+    assert (read(want) == 7).all()
+    want.unlink()
+    monkeypatch.chdir(tmp_path / "photos")
+    for source, suffix in ((tmp_path / "photos", ".png"), (Path("."), ".webp")):
+        done = run(net, source, f"--format={suffix[1:]}", "--device=cpu")
+        assert done.stdout == f"2 images restored to {tmp_path / 'photos_restored'}/\n", done.stderr
+        for name in ("a.v1", "b/c"):
+            assert (read(tmp_path / "photos_restored" / f"{name}{suffix}") == 7).all()
+
+
+def test_the_suffix_or_the_format_decides_what_is_written(tmp_path):
+    net = saved(tmp_path / "net.pth", identity())
+    source = tmp_path / "in"
+    write(source / "a.png", np.full((16, 16, 4), 200, np.uint8))
+    write(source / "b.png", np.full((16, 16, 1), 51_400, np.uint16))  # 200 of 8 bits
+    for suffix, kind in ((".jpg", "JPEG"), (".webp", "WEBP"), (".tif", "TIFF"), (".PNG", "PNG")):
+        done = run(net, source / "a.png", tmp_path / f"a{suffix}", "--device=cpu")
+        assert done.returncode == 0, done.stderr
+        with Image.open(tmp_path / f"a{suffix}") as image:
+            assert image.format == kind
+        lost = f"note: {source / 'a.png'}: dropped: its transparency\n"
+        assert done.stderr == (lost if kind == "JPEG" else "")
+    done = run(net, source, tmp_path / "out", "--format=jpeg", "--quality=80", "--device=cpu")
+    assert f"note: {source / 'b.png'}: dropped: 8 of its 16 bits\n" in done.stderr
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.jpeg", "b.jpeg"]
+    assert read(tmp_path / "out" / "b.jpeg").tolist() == np.full((16, 16, 1), 200).tolist()
+
+
+def test_what_is_there_already_is_skipped(tmp_path):
+    net, source, target = saved(tmp_path / "net.pth", identity()), tmp_path / "in", tmp_path / "out"
+    for name in "abc":
+        write(source / f"{name}.png", np.full((9, 9, 3), 7, np.uint8))
+    arguments = (net, source, target, "--device=cpu")
+    (target).mkdir()
+    (target / "b.png").write_text("before")
+    done = run(*arguments)
+    assert done.returncode == 0 and (target / "b.png").read_text() == "before"
+    said = f"2 images restored to {target}/; 1 was there already (--overwrite restores it, too)\n"
+    assert done.stdout == said
+    said = (
+        f"0 images restored to {target}/; 3 were there already (--overwrite restores them, too)\n"
+    )
+    assert run(*arguments).stdout == said
+    done = run(*arguments, "--overwrite")
+    assert done.stdout == f"3 images restored to {target}/\n"
+    assert (read(target / "b.png") == 7).all()
+    (target / "b.png").write_text("before")
+    done = run(net, source / "b.png", target / "b.png")
+    assert done.stdout == f"{target / 'b.png'} is there already (--overwrite restores it again)\n"
+    assert done.returncode == 0 and (target / "b.png").read_text() == "before"
+    (source / "b.png").write_bytes(b"broken")
+    done = run(net, source / "b.png", target / "b.png", "--overwrite")
+    assert done.returncode == 1 and (target / "b.png").read_text() == "before"
+    assert done.stderr.startswith(f"error: {source / 'b.png'}: ") and done.stderr.count("\n") == 1
+
+
+def header_of(path):
+    """(JSON header, bytes of the tensors) of a safetensors file, by its specification."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+@pytest.mark.parametrize("upsampler, upscale", [HEADS[0], HEADS[2], HEADS[-1]])
+def test_an_exported_file_is_as_good_as_ours(tmp_path, upsampler, upscale):
+    pytest.importorskip("safetensors")
+    # What the shapes of the tensors don't tell: the range, and the size without masks
+    extra = {"upsampler": upsampler, "upscale": upscale, "img_range": 2.0, "img_size": (8, 16)}
+    net = lively(SwinIR(**TINY | extra))
+    options = {"degradation": "jpeg", "quality": [10, 40], "dataroot_gt": "/secret/DIV2K/,b/x.npy"}
+    folder = run_of_training(tmp_path / "mine", net, **options)
+    path = tmp_path / "published" / "my net.safetensors"
+    done = run(folder, "--export", path)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert f"{path}: {len(net.state_dict())} tensors, equal" in done.stdout
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+    again = load(path)
+    assert again.arguments == net.arguments
+    image = torch.rand(1, 3, 21, 13)
+    assert torch.equal(restore(again, image), restore(net, image))
+    assert load_weights(SwinIR(**TINY | extra), path).count("its ") == 0  # no other argument
+    header, tensors = header_of(path)
+    metadata = header.pop("__metadata__")
+    assert header.keys() == net.state_dict().keys()
+    floats = {key for key in header if header[key]["dtype"] == "F32"}
+    assert floats == {name for name, _ in net.named_parameters()}
+    assert metadata.pop("modelspec.hash_sha256") == f"0x{hashlib.sha256(tensors).hexdigest()}"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", metadata.pop("modelspec.date"))
+    description = (
+        f"Scale {upscale}, colour images; 10 iterations; dataset: DIV2K, x.npy; "
+        "degradation: jpeg, quality=[10, 40]"
+    )
+    assert json.loads(metadata.pop("arguments")) == net.arguments
+    assert metadata == {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "swinir",
+        "modelspec.implementation": "https://github.com/JingyunLiang/SwinIR",
+        "modelspec.title": "my net",
+        "modelspec.description": description,
+        "network": "swinir",
+        "scale": str(upscale),
+        "iterations": "10",
+        "dataset": "DIV2K, x.npy",
+        "degradation": "jpeg",
+        "degradation_options": '{"quality": [10, 40]}',
+        "batch_size": "8",
+        "gt_size": "16",
+    }
+
+    # An export of the export says the same.
+    done = run(path, "--export", tmp_path / "copy.safetensors")
+    assert f"its metadata: {description}\n" in done.stdout, done.stderr
+    copied, tensors_copied = header_of(tmp_path / "copy.safetensors")
+    assert tensors_copied == tensors and copied["__metadata__"]["iterations"] == "10"
+    before = path.read_bytes()
+    done = run(path, "--export", path)
+    assert "that is the network itself" in done.stderr and path.read_bytes() == before
+
+
+def test_pairs_and_the_weights_that_were_the_start_are_described(tmp_path):
+    options = {"dataroot_gt": "high", "dataroot_lq": "low", "pretrain_network": "a/start.pth"}
+    folder = run_of_training(tmp_path / "mine", identity(), **options)
+    path = folder / "models" / "net_g_9.pth"
+    _, about = model.read_weights(path, "params_ema")
+    assert model.training_facts(path, about) == {
+        "iterations": "9",
+        "dataset": "high",
+        "degradation": "pairs",
+        "batch_size": "8",
+        "gt_size": "16",
+        "pretrain_network": "start",
+    }
+    (folder / "config.json").write_text("{")
+    done = run(folder, "--export", tmp_path / "x.safetensors")
+    assert done.returncode == 1 and "config.json can't be read" in done.stderr
+    assert "copy the network to another folder" in done.stderr
+
+
+def test_an_export_that_differs_replaces_nothing(tmp_path, monkeypatch):
+    pytest.importorskip("safetensors")
+    path = tmp_path / "net.safetensors"
+    path.write_text("before")
+    monkeypatch.setattr(model, "load", lambda path: lively(identity()))
+    with pytest.raises(
+        model.UserError, match=r"net\.safetensors: not written, because its .* differs"
+    ):
+        model.export_safetensors(identity(), path)
+    assert list(tmp_path.iterdir()) == [path] and path.read_text() == "before"
+
+
+def test_metadata_of_others_and_damaged_ones_are_told_apart(tmp_path):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    net = identity()
+    tensors = {key: value.clone() for key, value in net.state_dict().items()}
+    path = tmp_path / "net.safetensors"
+    save_file(tensors, path, {"format": "pt", "network": "not ours", "iterations": "many"})
+    assert load(path).arguments["embed_dim"] == 12
+    save_file(tensors, path, {"network": "swinir", "arguments": "{"})
+    with pytest.raises(model.UserError, match=r"net\.safetensors: it is damaged: copy or download"):
+        load(path)
+    save_file(tensors, path, {"network": "unet", "arguments": "{}"})
+    with pytest.raises(model.UserError, match="its network is 'unet'; known here: swinir"):
+        load(path)
+
+
+def test_the_entry_for_openmodeldb_has_the_files_sizes_and_checksums(tmp_path):
+    pytest.importorskip("safetensors")
+    net = lively(SwinIR(**TINY | {"upsampler": "pixelshuffledirect", "upscale": 2}))
+    folder = run_of_training(tmp_path / "mine", net, degradation="bicubic", dataroot_gt="DIV2K")
+    exported, entry = tmp_path / "2x-mine.safetensors", tmp_path / "2x-mine.json"
+    done = run(folder, "--export", exported, "--openmodeldb", entry)
+    assert done.returncode == 0 and "2x-mine.json: fill in author, license and urls" in done.stdout
+    got = json.loads(entry.read_text())
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", got.pop("date"))
+    assert got == {
+        "name": "2x-mine",
+        "author": "",
+        "license": None,
+        "tags": ["general-upscaler"],
+        "description": "Scale 2, colour images; 10 iterations; dataset: DIV2K; degradation: bicubic",
+        "architecture": "swinir",
+        "size": ["small", "s16w8", "12dim", "1conv"],
+        "scale": 2,
+        "inputChannels": 3,
+        "outputChannels": 3,
+        "resources": [
+            {
+                "platform": "pytorch",
+                "type": "safetensors",
+                "size": exported.stat().st_size,
+                "sha256": hashlib.sha256(exported.read_bytes()).hexdigest(),
+                "urls": [],
+            }
+        ],
+        "trainingIterations": 10,
+        "trainingBatchSize": 8,
+        "trainingHRSize": 16,
+        "trainingOTF": True,
+        "dataset": "DIV2K",
+        "images": [],
+    }
+
+
+def test_spandrel_loads_an_exported_file(tmp_path):
+    if find_spec("spandrel") is None or find_spec("torchvision") is None:
+        pytest.skip("needs spandrel, which needs torchvision")
+    pytest.importorskip("safetensors")
+    from spandrel import ModelLoader
+
+    for upsampler, upscale in HEADS:
+        net = lively(SwinIR(**TINY | {"upsampler": upsampler, "upscale": upscale}))
+        path = tmp_path / "net.safetensors"
+        model.export_safetensors(net, path, {"network": "swinir"})
+        theirs = ModelLoader().load_from_file(path)
+        assert theirs.architecture.id == "SwinIR" and theirs.scale == upscale
+        assert {"s16w8", "12dim", "small"} <= set(theirs.tags)
+        x = torch.rand(1, 3, 24, 32)
+        with torch.inference_mode():
+            want = net(x).clamp(0, 1)
+            assert torch.allclose(theirs(x), want, atol=1e-5), (upsampler, upscale)
+
+
 def bomb(path):
     """A PNG that claims 60,000 x 60,000 pixels."""
     data = b"\x89PNG\r\n\x1a\n"
@@ -992,7 +1253,8 @@ def test_broken_images_are_named_and_the_rest_goes_on(tmp_path):
     done = run(saved(tmp_path / "net.pth", identity()), folder, tmp_path / "out", "--device=cpu")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert "3 of 5 images failed" in done.stderr  # a folder is none
+    assert "error: 3 of 5 images failed: " in done.stderr  # a folder is none
+    assert done.stdout == f"2 images restored to {tmp_path / 'out'}/\n"
     for name in ("bomb.png", "zero.jpg", "short.png"):
         assert len([s for s in done.stderr.splitlines() if f"in/{name}: " in s]) == 1, done.stderr
     found = sorted(
@@ -1018,14 +1280,25 @@ def test_a_users_mistakes_are_said_in_a_sentence(tmp_path):
         ((image, image, tmp_path / "out"), "a.png: "),
         ((net, image, tmp_path / "out", "--device=cuda:77"), ""),
         ((net, image, tmp_path / "out", "--device=nonsense"), ""),
-        ((net, image), "INPUT OUTPUT"),
-        ((net, image, tmp_path / "out.jpg"), "a .png file or a folder"),
-        ((net, image, tmp_path / "out.tiff"), "a .png file or a folder"),
-        ((net, tmp_path / "a", tmp_path / "out.png"), "of a folder to a folder"),
+        ((net,), "give an image or a folder after NET, or --export=FILE"),
+        ((), "the following arguments are required: NET"),
+        ((net, image, tmp_path / "out.bmp"), "out.bmp: give it a suffix of .png, .jpg"),
+        ((net, image, tmp_path / "out.png", "--format=jpg"), "--format=jpg is another format"),
+        ((net, image, "--format=bmp"), "--format: invalid choice: 'bmp'"),
+        ((net, image, "--quality=50"), "--quality is for JPEG and WebP, not for .png"),
+        ((net, image, "--quality=0", "--format=jpg"), "--quality=0 must be from 1 to 100"),
+        ((net, tmp_path / "a", tmp_path / "out.png"), "give a folder for it, too"),
+        ((net, tmp_path / "a", tmp_path / "out.jpg"), "give a folder for it, too"),
+        ((tmp_path / "a", image), "is a folder without models/net_g_best.pth"),
+        ((net, image, "--export=x.onnx"), "restores nothing: leave INPUT out"),
+        ((net, image, "--openmodeldb=x.json"), "give --export=FILE, too"),
+        ((net, f"--export={tmp_path / 'x.pth'}"), "ends in .safetensors or .onnx"),
+        ((net, f"--export={image / 'x.safetensors'}"), "x.safetensors can't be written"),
     ):
         done = run(*arguments)
         assert done.returncode in (1, 2) and said in done.stderr, (arguments, done.stderr)
         assert "Traceback" not in done.stderr, done.stderr
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") <= 1, done.stderr
     assert image.read_bytes() == before
 
 
@@ -1065,6 +1338,30 @@ def test_onnx_by_command(tmp_path):
     assert len(done.stderr.splitlines()) == 0, done.stderr
 
 
+@pytest.mark.skipif(
+    find_spec("onnx") is None or find_spec("onnxruntime") is None, reason="needs onnx, onnxruntime"
+)
+def test_an_onnx_file_has_the_metadata_of_the_others(tmp_path):
+    import onnxruntime
+
+    folder = run_of_training(tmp_path / "mine", identity())
+    exported, entry = tmp_path / "den.onnx", tmp_path / "den.json"
+    safetensors = tmp_path / "den.safetensors"
+    done = run(folder, "--export", safetensors, "--export", exported, "--openmodeldb", entry)
+    assert done.returncode == 0, done.stderr
+    session = onnxruntime.InferenceSession(exported)
+    metadata = session.get_modelmeta().custom_metadata_map
+    want = header_of(safetensors)[0]["__metadata__"]
+    del want["modelspec.hash_sha256"]
+    assert metadata == want and metadata["degradation_options"] == '{"sigma": 25.0}'
+    resources = json.loads(entry.read_text())["resources"]
+    assert [(r["platform"], r["type"]) for r in resources] == [
+        ("pytorch", "safetensors"),
+        ("onnx", "onnx"),
+    ]
+    assert resources[1]["sha256"] == hashlib.sha256(exported.read_bytes()).hexdigest()
+
+
 @pytest.mark.parametrize(
     ("name", "written"),
     [
@@ -1076,7 +1373,7 @@ def test_onnx_by_command(tmp_path):
     ],
 )
 def test_onnx_keeps_the_whole_name(tmp_path, monkeypatch, name, written):
-    monkeypatch.setattr(model, "trace_onnx", lambda net, path: path.write_text("network"))
+    monkeypatch.setattr(model, "trace_onnx", lambda net, path, _: path.write_text("network"))
     monkeypatch.setattr(model, "onnx_difference", lambda *_: 0.0)
     done = run(saved(tmp_path / "net.pth", identity()), "--onnx", tmp_path / name)
     assert done.returncode == 0 and done.stdout.startswith(f"{tmp_path / written}: "), done.stderr
@@ -1088,7 +1385,7 @@ def test_onnx_keeps_the_whole_name(tmp_path, monkeypatch, name, written):
 @pytest.mark.parametrize("difference", [1.0, float("nan")])
 def test_an_onnx_network_that_differs_replaces_nothing(tmp_path, monkeypatch, difference):
     (tmp_path / "net.onnx").write_text("before")
-    monkeypatch.setattr(model, "trace_onnx", lambda net, path: path.write_text("network"))
+    monkeypatch.setattr(model, "trace_onnx", lambda net, path, _: path.write_text("network"))
     monkeypatch.setattr(model, "onnx_difference", lambda *_: difference)
     with pytest.raises(model.UserError, match=r"net\.onnx: not written, because ONNX and"):
         model.export_onnx(identity(), tmp_path / "net.onnx")
