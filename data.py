@@ -1,7 +1,7 @@
 """Everything between the disk and the training step: read, pair, degrade, crop, pack and prefetch.
 
-    python data.py check photos                           # or: check GT LQ --scale=2, or a recipe:
-    python data.py check configs/jpeg.py --dataroot_gt=photos
+    python data.py check photos                           # or: check GT LQ --scale=2
+    python data.py check train.py configs/jpeg.py --dataroot_gt=photos    # all that a run will read
     python data.py preview configs/denoise.py sheet.png   # training pairs, as the network sees them
     python data.py pack DIV2K_HR div2k.npy                # decode once, into a memory-mapped file
 
@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import PIL
 import torch
-from PIL import ExifTags, Image, ImageOps, PngImagePlugin
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -1636,7 +1636,59 @@ def name_small(groups: list[list[Pair]], scale: int, gt_size: int) -> list[str]:
     if not small:
         return []
     names = ", ".join(small[:3])
-    return [f"{len(small)} image(s) are below {gt_size=}, padded by reflection, as {names}"]
+    advice = "a smaller --gt_size takes them as they are"
+    return [
+        f"{len(small)} image(s) are below {gt_size=}, padded by reflection, as {names}; {advice}"
+    ]
+
+
+FEW_MEGAPIXELS = 10  # BSD400 has 62, DIV2K 2,300
+
+
+def name_few(groups: list[list[Pair]]) -> list[str]:
+    """A notice about a training set that is small."""
+    amount = megapixels(groups)
+    if not groups or amount >= FEW_MEGAPIXELS:
+        return []
+    advice = "add images, or fine-tune trained weights with --pretrain_network"
+    return [f"{amount:.2g} megapixels are few, and may be learned by heart: {advice}"]
+
+
+def megapixels(groups: list[list[Pair]]) -> float:
+    """Of the ground truth."""
+    pixels = 0
+    for pair in (pair for group in groups for pair in group):
+        height, width, _ = pair.gt.shapes[pair.gt_index]
+        pixels += height * width
+    return pixels / 1e6
+
+
+def describe_held_out(names: list[str]) -> str:
+    if not names:
+        return "too few images to hold one out: give --val_gt=FOLDER"
+    return f"{len(names)} held out: {', '.join(names)}"
+
+
+def split_held_out(
+    groups: list[list[Pair]], scale: int, gt_size: int
+) -> tuple[list[list[Pair]], list[Pair]]:
+    """(groups to train on, pairs to validate on): a tenth of each root, at most 8 pairs.
+
+    They are chosen by a hash of their names, so that a folder that grows keeps most of them. A root
+    of less than 4 pairs keeps all, and pairs that are smaller than a patch are not chosen.
+    """
+    training, held_out = [], []
+    for group in groups:
+        large = [pair for pair in group if min(pair.height, pair.width) * scale >= gt_size]
+        count = min(max(len(group) // 10, 1), 8) if len(group) >= 4 else 0
+        chosen = sorted(large, key=lambda pair: zlib.crc32(name_of(pair).encode()))[:count]
+        held_out += chosen
+        training.append([pair for pair in group if pair not in chosen])
+    return training, held_out
+
+
+def name_of(pair: Pair) -> str:
+    return same_letters(pair.gt.names[pair.gt_index])
 
 
 # Datasets
@@ -1660,6 +1712,8 @@ class PairedImageDataset(Dataset):
         filename_tmpl, meta_info_file, cache_gb: See `open_pairs`.
         dataset_weights: How often to draw from each root. None: by the number of its images.
         use_hflip, use_rot: Horizontal flips; vertical flips and transpositions.
+        hold_out: Keep a few pairs of each root out, for validation: see `hold_out`. They are in
+            `held_out`.
         degradation_options: `sigma` of 255 or (low, high), `quality` of JPEG or (low, high), ...
 
     Raises UserError, with files and remedy, for what can't be paired or read, and
@@ -1681,6 +1735,7 @@ class PairedImageDataset(Dataset):
         use_rot: bool = True,
         seed: int = 0,
         cache_gb: float = 2.0,
+        hold_out: bool = False,
         **degradation_options: Any,
     ) -> None:
         if in_chans not in (1, 3) or scale < 1 or gt_size % scale:
@@ -1704,7 +1759,10 @@ class PairedImageDataset(Dataset):
         if not all(pairs.groups):
             raise UserError(f"{meta_info_file} lists no image of one of the roots")
         self.groups = pairs.groups
-        self.pairs = [pair for group in pairs.groups for pair in group]
+        self.held_out: list[Pair] = []
+        if hold_out:
+            self.groups, self.held_out = split_held_out(pairs.groups, scale, gt_size)
+        self.pairs = [pair for group in self.groups for pair in group]
         self.notices = pairs.notices + name_small(pairs.groups, scale, gt_size)
         self.notices += [f"left out: {sentence}" for sentence in pairs.damaged]
         self.damaged_at_start = len(pairs.damaged)
@@ -1757,6 +1815,11 @@ class PairedImageDataset(Dataset):
         lq = pad_by_mirroring(lq, size)
         gt = pad_by_mirroring(gt, gt_size)
         return self.augment(lq, *symmetry), self.augment(gt, *symmetry)
+
+    def name_of_sample(self, number: int) -> str:
+        u, v, *_ = sample_rng(self.seed, number).random(7).tolist()
+        pair = self.choose(number, u, v)
+        return f"synthetic {pair.gt_index}" if self.synthetic else name_of(pair)
 
     def choose(self, number: int, u: float, v: float) -> Pair:
         """The pair of a sample, whose random numbers in [0, 1) are u and v."""
@@ -1842,8 +1905,9 @@ class ValidationImages(Dataset):
     """images[i] is {"name", "lq": float32 (C, h, w), "gt": array (h * scale, w * scale, C)}, whole.
 
     Noise is the reference test noise, np.random.seed(0) before each image; other degradations
-    draw from a generator that is fixed by the image's number. Without `val_gt`: `n` synthetic
-    images. All files are decoded once, so that damaged ones are named before the training.
+    draw from a generator that is fixed by the image's number. All files are decoded once, so that
+    damaged ones are named before the training. Without `val_gt`: the middle 512 pixels of
+    `held_out`, which are pairs of a PairedImageDataset, or else `n` synthetic images.
     """
 
     def __init__(
@@ -1856,19 +1920,27 @@ class ValidationImages(Dataset):
         in_chans: int = 3,
         filename_tmpl: str = "{}",
         crop_border: int = 0,
+        held_out: list[Pair] | None = None,
         **degradation_options: Any,
     ) -> None:
         if val_lq and not val_gt:
             raise UserError("val_lq needs val_gt, the ground truth")
-        self.source = f"{val_gt}, {val_lq}"
+        self.source = f"{val_gt}, {val_lq}"  # figures of equal sources can be compared
+        self.largest = None  # side in LQ pixels
         self.scale = scale
         self.in_chans = in_chans
         self.degradation = None
         self.reference_noise = degradation == "noise"
-        if not val_lq:
+        if not val_lq and not (held_out and held_out[0].lq):
             options = validation_options(degradation_options)
             self.degradation = bind_degradation(degradation, scale, in_chans, options)
-        if val_gt is None:
+        if held_out:
+            self.largest = 512 // scale
+            self.notices = []
+            self.pairs = self.readable(held_out)
+            self.names = [name_of(pair) for pair in self.pairs]
+            self.source = f"held out: {', '.join(self.names)}"
+        elif val_gt is None:
             images = SyntheticImages(seed=-1, in_chans=in_chans, keep=n)
             side = images.size // scale
             self.notices = []
@@ -1881,6 +1953,7 @@ class ValidationImages(Dataset):
             self.notices = pairs.notices
             self.pairs = [pair for group in pairs.groups for pair in group]
             self.names = [pair.gt.names[pair.gt_index] for pair in self.pairs]
+        self.alike = differ_in_suffix_only([Path(name) for name in self.names])
         small = []
         for name, pair in zip(self.names, self.pairs, strict=True):
             if min(pair.height, pair.width) * scale < 16 + 2 * crop_border:
@@ -1892,18 +1965,37 @@ class ValidationImages(Dataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def readable(self, pairs: list[Pair]) -> list[Pair]:
+        """Those without damaged files, which are named in the notices."""
+        good = []
+        for pair in pairs:
+            try:
+                pair.gt[pair.gt_index]
+                if pair.lq:
+                    pair.lq[pair.lq_index]
+                good.append(pair)
+            except UnreadableImage as error:
+                self.notices.append(f"left out of validation: {error}")
+        return good
+
     def __getitem__(self, i: int) -> dict[str, Any]:
         pair = self.pairs[i]
-        gt = pair.gt[pair.gt_index][: pair.height * self.scale, : pair.width * self.scale]
+        s = self.scale
+        height = min(pair.height, self.largest or pair.height)
+        width = min(pair.width, self.largest or pair.width)
+        top, left = (pair.height - height) // 2, (pair.width - width) // 2
+        gt = pair.gt[pair.gt_index][top * s : (top + height) * s, left * s : (left + width) * s]
         gt = to_channels(gt, self.in_chans).copy()
         if self.degradation:
             rng = np.random.RandomState(0) if self.reference_noise else sample_rng(0, i)
             lq = self.degradation.function(gt, rng)
         else:
-            lq = pair.lq[pair.lq_index][: pair.height, : pair.width]
+            lq = pair.lq[pair.lq_index][top : top + height, left : left + width]
         lq = to_float(to_channels(lq, self.in_chans)).transpose(2, 0, 1)
-        name = printable(self.names[i].removesuffix(".png"))
-        return {"name": name, "lq": torch.from_numpy(lq.copy()), "gt": gt}
+        name = Path(self.names[i])
+        if name not in self.alike:
+            name = name.with_suffix("")
+        return {"name": printable(name.as_posix()), "lq": torch.from_numpy(lq.copy()), "gt": gt}
 
 
 def printable(text: str) -> str:
@@ -2053,8 +2145,9 @@ class Prefetcher:
 
 def main(arguments: list[str]) -> None:
     command, *rest = arguments or [""]
-    paths = [word for word in rest if not word.startswith("--") and not word.endswith(".py")]
-    options = [word for word in rest if word.startswith("--") or word.endswith(".py")]
+    rest = [word for word in rest if Path(word).name not in ("python", "python3", "train.py")]
+    options = [word for word in rest if word.startswith("--") or is_config(word)]
+    paths = [word for word in rest if word not in options]
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
     elif command == "pack" and len(paths) == 2 and not options:
@@ -2070,8 +2163,13 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"unknown or incomplete:\n\n{__doc__}")
 
 
+def is_config(word: str) -> bool:
+    """A config file, or the folder of a run, which has one."""
+    return word.endswith((".py", ".json")) or Path(word, "config.json").is_file()
+
+
 def check(paths: list[str], options: list[str]) -> None:
-    """Decodes all images and prints every problem."""
+    """Decodes all images and prints every problem, and what may be improved."""
     cfg = read_options(options)
     if paths:
         cfg.dataroot_gt = paths[0]
@@ -2080,34 +2178,68 @@ def check(paths: list[str], options: list[str]) -> None:
         raise UserError("give a folder: python data.py check photos, or --dataroot_gt=photos")
     names = (cfg.filename_tmpl, cfg.meta_info_file)
     pairs = open_pairs(cfg.dataroot_gt, cfg.dataroot_lq, cfg.scale, *names, whole=True)
-    print(f"{sum(map(len, pairs.groups))} image(s) or pair(s) found")
-    for notice in pairs.notices + name_small(pairs.groups, cfg.scale, cfg.gt_size):
-        print(notice)
-    problems = pairs.damaged + pairs.problems
-    for problem in problems:
-        print(problem)
+    problems = report_pairs("training", pairs)
+    for notice in name_small(pairs.groups, cfg.scale, cfg.gt_size) + name_few(pairs.groups):
+        print(f"note: {notice}")
+
+    gt_roots, lq_roots = split_roots(cfg.val_gt), split_roots(cfg.val_lq)
+    if not gt_roots and not problems:
+        _, held_out = split_held_out(pairs.groups, cfg.scale, cfg.gt_size)
+        print(f"validation: {describe_held_out([name_of(pair) for pair in held_out])}")
+    for i, root in enumerate(gt_roots):
+        if root != "synthetic":
+            lq_root = lq_roots[i] if i < len(lq_roots) else None
+            pairs = open_pairs(root, lq_root, cfg.scale, cfg.filename_tmpl, whole=True)
+            problems += report_pairs(f"validation {root}", pairs)
     if problems:
-        sys.exit(f"problems: {len(problems)}")
+        sys.exit(f"problems: {problems}")
     print("no problems")
 
 
+def report_pairs(title: str, pairs: Pairs) -> int:
+    """Prints what was found. Returns the number of problems."""
+    every = [pair for group in pairs.groups for pair in group]
+    kind = "pair(s)" if every and every[0].lq else "image(s)"
+    print(f"{title}: {len(every):,} {kind}, {megapixels(pairs.groups):,.3g} megapixels")
+    for notice in pairs.notices:
+        print(f"note: {notice}")
+    problems = pairs.damaged + pairs.problems
+    for problem in problems:
+        print(problem)
+    return len(problems)
+
+
+COLUMNS, ROWS = 4, 3  # of a preview
+
+
 def preview(path: Path, options: list[str]) -> None:
-    """Writes eight training pairs, LQ above GT, enlarged by a whole factor."""
+    """Writes the first training pairs with their names, LQ above GT, enlarged by a whole factor."""
     if path.exists():
         raise UserError(f"{path} is there already: give a name that isn't")
     cfg = read_options(options)
     dataset = PairedImageDataset(**dataset_options(cfg))
-    lqs, gts = zip(*(dataset[n] for n in range(8)), strict=True)
-    lq, gt = torch.stack(lqs), torch.stack(gts)
-    if dataset.eight_bit:
-        lq = lq / 255 if lq.dtype == torch.uint8 else lq
-        gt = gt / 255
-    lq = torch.nn.functional.interpolate(lq.float(), gt.shape[2:])
-    pairs = torch.cat([lq, gt.float()], 2).clip(0, 1) * 255  # (8, C, 2 * H, W)
-    sheet = pairs.expand(-1, 3, -1, -1).round().byte().permute(2, 0, 3, 1).flatten(1, 2)
-    enlargement = 1 + 100 // gt.shape[3]
-    ImageOps.scale(Image.fromarray(sheet.numpy()), enlargement, Image.NEAREST).save(path)
-    print(f"{path}: 8 training pairs, the inputs above, the ground truth below")
+    side = cfg.gt_size * max(256 // cfg.gt_size, 1)
+    line, gap = 20, 6  # pixels for a name, and between pairs
+    font = ImageFont.load_default(14)
+    width, height = side + gap, 2 * side + line + gap
+    sheet = Image.new("RGB", (COLUMNS * width - gap, ROWS * height - gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for n in range(COLUMNS * ROWS):
+        x, y = n % COLUMNS * width, n // COLUMNS * height
+        draw.text((x + 4, y + 1), dataset.name_of_sample(n)[-side // 8 :], "black", font)
+        for i, image in enumerate(dataset[n]):
+            sheet.paste(as_picture(image, side), (x, y + line + i * side))
+    sheet.save(path)
+    print(f"{path}: {COLUMNS * ROWS} training pairs, the inputs above, the ground truth below")
+
+
+def as_picture(image: Tensor, side: int) -> Image.Image:
+    """A patch (C, H, W), uint8 or float in [0, 1], as a square RGB picture."""
+    if image.dtype == torch.uint8:
+        image = image / 255
+    image = image.clip(0, 1).mul(255).round().byte().expand(3, -1, -1)
+    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    return picture.resize((side, side), Image.NEAREST)
 
 
 def read_options(arguments: list[str]) -> Any:

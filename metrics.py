@@ -28,18 +28,21 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-Picture = np.ndarray | Tensor  # uint8 or uint16: (H, W, 3) RGB, or (H, W, 1) or (H, W) gray
+# uint8 or uint16: (H, W, 3) RGB, or (H, W, 1) or (H, W) gray. Or a float tensor (B, C, H, W) in
+# [0, 1], such as networks take and return.
+Picture = np.ndarray | Tensor
 
 
 class UserError(ValueError):  # as in data.py and model.py, so that each works alone
@@ -49,12 +52,41 @@ class UserError(ValueError):  # as in data.py and model.py, so that each works a
 # Measures
 
 
+def averaged_over_batches(measure: Callable[..., float]) -> Callable[..., float]:
+    """Lets a measure of two images take float tensors (B, C, H, W), too: the mean over the images,
+    which are clamped to [0, 1] and rounded to 8 bits, as in a validation."""
+
+    @wraps(measure)
+    def measure_any(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False) -> float:
+        if not is_batch(pred) or not is_batch(target) or pred.shape != target.shape:
+            return measure(pred, target, crop_border, y)
+        values = []
+        for a, b in zip(rounded_images(pred), rounded_images(target), strict=True):
+            values.append(measure(a, b, crop_border, y))
+        return sum(values) / len(values)
+
+    return measure_any
+
+
+def is_batch(image: Picture) -> bool:
+    return isinstance(image, Tensor) and image.is_floating_point() and image.ndim == 4
+
+
+def rounded_images(batch: Tensor) -> np.ndarray:  # (B, C, H, W) -> (B, H, W, C) uint8
+    if not batch.isfinite().all():
+        raise UserError("an image isn't finite: the network's weights are spoilt")
+    images = batch.detach().float().clamp(0, 1).mul(255).round().byte()
+    return images.permute(0, 2, 3, 1).numpy(force=True)
+
+
+@averaged_over_batches
 def psnr(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False) -> float:
     """Peak signal-to-noise ratio in dB; infinite for equal images.
 
     Args:
         pred, target: Both uint8, or both uint16 (peak 65535). (H, W, 3), (H, W, 1) or (H, W),
-            NumPy arrays or tensors.
+            NumPy arrays or tensors. Or both float tensors (B, C, H, W), of which it is the mean:
+            they are clamped to [0, 1] and rounded to 8 bits, as in a validation.
         crop_border: Pixels left out on each side.
         y: Compare the luma of RGB images. Gray images are compared as they are.
 
@@ -64,6 +96,7 @@ def psnr(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False) 
     return decibels(np.mean((pred - target) ** 2), peak)
 
 
+@averaged_over_batches
 def ssim(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False) -> float:
     """Structural similarity (Wang et al. 2004), at most 1, with its authors' constants.
 
@@ -88,6 +121,7 @@ def ssim(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False) 
     return float(np.mean(values))
 
 
+@averaged_over_batches
 def psnrb(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False) -> float:
     """PSNR in dB that counts the blockiness of `pred`, and of it alone, as error (Yim, Bovik 2011).
 
@@ -141,7 +175,8 @@ def comparable(
     if pred.ndim != 3 or pred.shape[2] not in (1, 3):
         raise UserError(f"an image is (H, W[, 1 or 3]), channels last, not {pred.shape}")
     if pred.dtype != target.dtype or pred.dtype not in (np.uint8, np.uint16):
-        raise UserError(f"both must be uint8 or uint16, not {pred.dtype} and {target.dtype}")
+        types = f"not {pred.dtype} and {target.dtype}"
+        raise UserError(f"both must be uint8 or uint16, or float tensors (B, C, H, W), {types}")
     height, width, channels = pred.shape
     if not 0 <= 2 * crop_border < min(height, width):
         raise UserError(f"crop_border={crop_border} is not possible with {width}x{height} pixels")
@@ -657,7 +692,7 @@ class Log:
             return
         events = self.events()
         figure = Figure((12, 3.5), layout="constrained")
-        titles = {"loss": "loss", "lr": "lr", "psnr": "PSNR, dB"}
+        titles = {"loss": "loss", "lr": "learning rate", "psnr": "PSNR, dB"}
         for axis, (key, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
             curves: dict[str, list[tuple[int, float]]] = {}
             for event in events:
@@ -666,8 +701,10 @@ class Log:
                 name = event.get("dataset", "training")
                 curves.setdefault(name, []).append((event["iter"], event[key]))
             for name, points in curves.items():
-                axis.plot([x for x, _ in points], [y for _, y in points], ".-", label=name)
-            axis.set(xlabel="iteration", title=title)
+                marker = "o" if len(points) == 1 else "."  # one point would hardly be seen
+                axis.plot([x for x, _ in points], [y for _, y in points], marker + "-", label=name)
+            last = events[-1]["iter"]
+            axis.set(xlabel="iteration", title=title, xlim=(0, 1.05 * last))
             if curves:
                 axis.legend()
         figure.savefig(self.folder / "curves.png")
@@ -683,28 +720,30 @@ def finite_or_none(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def strip(
-    lq: np.ndarray, out: np.ndarray, gt: np.ndarray, before: float, after: float
+    lq: np.ndarray, out: np.ndarray, gt: np.ndarray, before: float, after: float, size: int = 320
 ) -> Image.Image:
     """Input, output and ground truth side by side, with the PSNR before and after.
 
-    The images are (H, W, C) of the same size: their middle 320 pixels are shown. Small images are
-    enlarged by a whole factor, so that the captions fit.
+    The images are (H, W, C) of the same size: their middle `size` pixels are shown, or all for 0.
+    Small images are enlarged by a whole factor, so that the captions fit.
     """
     height, width = gt.shape[:2]
-    top, left = max(height - 320, 0) // 2, max(width - 320, 0) // 2
+    size = size or max(height, width)
+    top, left = max(height - size, 0) // 2, max(width - size, 0) // 2
     panels = []
     for image in (lq, out, gt):
-        middle = image[top : top + 320, left : left + 320]
+        middle = image[top : top + size, left : left + size]
         panels.append((middle // (np.iinfo(image.dtype).max // 255)).astype(np.uint8))
     row = np.hstack(panels)
     row = row[..., 0] if row.shape[2] == 1 else row
-    enlargement = max(128 // min(height, width), 1)
+    enlargement = max(160 // min(row.shape[0], row.shape[1] // 3), 1)
     picture = ImageOps.scale(Image.fromarray(row), enlargement, Image.NEAREST)
     draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(max(picture.width // 50, 14))  # height in pixels
     captions = (f"input {before:.2f} dB", f"output {after:.2f} dB", "ground truth")
     for i, caption in enumerate(captions):
         place = (4 + i * picture.width // 3, 2)
-        draw.text(place, caption, "white", stroke_width=1, stroke_fill="black")
+        draw.text(place, caption, "white", font, stroke_width=2, stroke_fill="black")
     return picture
 
 

@@ -21,6 +21,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -53,6 +54,7 @@ from data import (
     UserError,
     ValidationImages,
     dataset_options,
+    describe_held_out,
     disk_advice,
     escape_unprintable,
     fit_name,
@@ -175,7 +177,7 @@ class Config:
     ema_decay: float = 0.999  # of the averaged weights, which are validated; 0: no averaging
 
     # validation and files
-    # None: synthetic images, unless dataroot_lq is given
+    # synthetic: images that data.py draws; None: those, or a few of dataroot_gt, which are held out
     val_gt: str | tuple[str, ...] | None = None
     val_lq: str | tuple[str, ...] | None = None  # their partners; None: made by `degradation`
     val_freq: int = 5000  # iterations between validations; 0: never
@@ -184,7 +186,10 @@ class Config:
     crop_border: int = 0  # pixels cut off on each side before PSNR and SSIM
     test_y_channel: bool = False  # PSNR and SSIM on the Y channel of YCbCr
     pad_window: bool = False  # pad a window more than needed, as the script behind SwinIR's figures
-    save_img: bool = False  # write a strip (input, output, ground truth) for each validation image
+    # Each validation writes strips (input, output, ground truth) of so many images of each set:
+    strips: int = 3
+    save_img: bool = False  # strips of all images
+    strip_size: int = 320  # side of the middle that they show, in pixels; 0: the whole image
     use_tb_logger: bool = False  # log to TensorBoard too, in experiments/<name>/tensorboard
     wandb: str | None = None  # log to this project of Weights & Biases too
     print_freq: int = 100
@@ -251,6 +256,8 @@ BOUNDS = {
     "ema_decay": (0, 0.9999999),
     "val_freq": (0, None),
     "crop_border": (0, None),
+    "strips": (0, None),
+    "strip_size": (0, None),
     "print_freq": (1, None),
     "save_checkpoint_freq": (1, None),
     "keep_last": (0, None),
@@ -355,25 +362,36 @@ def build_loss(
     return loss.to(device)
 
 
-def open_validation_sets(cfg: Config) -> dict[str, ValidationImages]:
-    """By the names of their folders, or "synthetic"."""
-    gt_roots = split_roots(cfg.val_gt) or [None]
+def open_training_set(cfg: Config) -> PairedImageDataset:
+    """Without val_gt, it holds a few images out for validation."""
+    hold_out = not cfg.val_gt and (cfg.val_freq > 0 or cfg.eval_only)
+    if cfg.eval_only and not hold_out:
+        return PairedImageDataset()  # it opens no files
+    return PairedImageDataset(**dataset_options(cfg), hold_out=hold_out)
+
+
+def open_validation_sets(cfg: Config, held_out: list[Any]) -> dict[str, ValidationImages]:
+    """By the names of their folders, "held_out", or "synthetic"."""
+    gt_roots = split_roots(cfg.val_gt)
     lq_roots = split_roots(cfg.val_lq)
-    if cfg.val_lq and (not cfg.val_gt or len(lq_roots) != len(gt_roots)):
+    if cfg.val_lq and len(lq_roots) != len(gt_roots):
         raise UserError("give one val_lq for each val_gt")
     if cfg.val_freq == 0 and not cfg.eval_only:
         return {}
-    if cfg.dataroot_lq and not cfg.val_gt:
-        return {}  # pairs of one's own: synthetic images would say nothing
     options = {"scale": cfg.scale, "in_chans": cfg.in_chans, "filename_tmpl": cfg.filename_tmpl}
     options |= {"degradation": cfg.degradation, "crop_border": cfg.crop_border}
     options |= options_of_degradation(cfg.degradation, cfg)
+    if held_out:
+        return {"held_out": ValidationImages(held_out=held_out, **options)}
+    if not gt_roots and cfg.dataroot_lq:
+        return {}  # few pairs of one's own: synthetic images would say nothing
     sets = {}
-    for i, root in enumerate(gt_roots):
-        name = printable(Path(os.path.abspath(root)).stem) if root else "synthetic"
+    for i, root in enumerate(gt_roots or ["synthetic"]):
+        lq_root = lq_roots[i] if lq_roots else None
+        name = printable(Path(os.path.abspath(root)).stem)
         if name in sets:  # folders of the same name
             name += f"_{i + 1}"
-        sets[name] = ValidationImages(root, lq_roots[i] if cfg.val_lq else None, **options)
+        sets[name] = ValidationImages(None if root == "synthetic" else root, lq_root, **options)
     return sets
 
 
@@ -610,7 +628,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 def evaluate(
     network: nn.Module, images: ValidationImages, cfg: Config, rank: int = 0, world: int = 1
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Means of the measures over all images, and strips of this rank's if cfg.save_img.
+    """Means of the measures over all images, and strips of the first ones, those of this rank.
 
     Besides the measures: "input_psnr", and "exact", the number of images reproduced exactly. Each
     rank takes every world-th image. Means run over all in order, whatever the number of ranks.
@@ -635,7 +653,8 @@ def evaluate(
             output = restored_pixels(network, image["lq"], image["gt"], cfg)
             if pending:
                 note(*pending)
-            job = scorer.submit(score, output, image["lq"], image["gt"], cfg)
+            with_strip = cfg.save_img or i < cfg.strips
+            job = scorer.submit(score, output, image["lq"], image["gt"], cfg, with_strip)
             pending = (i, image["name"], job)
         if pending:
             note(*pending)
@@ -646,9 +665,9 @@ def evaluate(
 
 
 def score(
-    output: np.ndarray, lq: Tensor, gt: np.ndarray, cfg: Config
+    output: np.ndarray, lq: Tensor, gt: np.ndarray, cfg: Config, with_strip: bool
 ) -> tuple[list[float], Image.Image | None]:
-    """([measures, PSNR of the input, whether the output is exact], strip if cfg.save_img)."""
+    """([measures, PSNR of the input, whether the output is exact], strip or None)."""
     peak = np.iinfo(gt.dtype).max
     baseline = (lq.clamp(0, 1) * peak).round().permute(1, 2, 0).numpy().astype(gt.dtype)
     if cfg.scale > 1:
@@ -657,8 +676,9 @@ def score(
     values = [capped(name, MEASURES[name](output, *how)) for name in measures_of(cfg)]
     before = capped("psnr", psnr(baseline, *how))
     picture = None
-    if cfg.save_img:
-        picture = strip(baseline, output, gt, before, capped("psnr", psnr(output, *how)))
+    if with_strip:
+        after = capped("psnr", psnr(output, *how))
+        picture = strip(baseline, output, gt, before, after, cfg.strip_size)
     return [*values, before, float(np.array_equal(output, gt))], picture
 
 
@@ -740,6 +760,8 @@ def validate(
     network.eval()
     protocol = protocol_of(cfg)
     measure = measures_of(cfg)[0]
+    pictures_folder = folder / "visualization"
+    first_pictures = not pictures_folder.exists()
     decisive = best_key(next(iter(val_sets.values())), cfg)
     if not cfg.eval_only:
         forget_other_bests(best, decisive, folder, it, hardware.rank)
@@ -750,7 +772,7 @@ def validate(
             means, strips = evaluate(network, images, cfg, hardware.rank, hardware.world)
         pictures = {}
         for name, picture in strips.items():
-            path = folder / "visualization" / dataset / f"{name}_{it}.png"
+            path = pictures_folder / dataset / f"{name}_{it}.png"
             path = path.with_name(fit_name(path.name))
             path.parent.mkdir(parents=True, exist_ok=True)
             picture.save(path)
@@ -770,6 +792,8 @@ def validate(
         text += f" ({protocol})"
         values = means | {f"best_{measure}": top, "best_iter": when, "protocol": protocol}
         log.event("val", text, it, pictures, dataset=dataset, eval_only=cfg.eval_only, **values)
+    if first_pictures and pictures_folder.exists():
+        log(f"pictures: input, output, ground truth in {pictures_folder}")
     return best[decisive][1] == it
 
 
@@ -825,9 +849,8 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
     folder = Path("experiments") / cfg.name
 
     # Data
-    val_sets = open_validation_sets(cfg)
-    # An evaluation doesn't train: the default dataset opens no files.
-    dataset = PairedImageDataset(**({} if cfg.eval_only else dataset_options(cfg)))
+    dataset = open_training_set(cfg)
+    val_sets = open_validation_sets(cfg, dataset.held_out)
 
     # Network, and the checkpoint to continue from
     torch.manual_seed(cfg.seed)
@@ -845,6 +868,8 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
     adversary = build_adversary(cfg, hardware)
     criterion = None if cfg.eval_only else build_loss(cfg, device, adversary)
     notices = dataset.notices + taken
+    for images in val_sets.values():
+        notices += images.notices
 
     # Folder and log: from here on, files are written
     wait_for_all(world)
@@ -853,8 +878,12 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
     log = Log(folder, log_start, cfg.use_tb_logger, cfg.wandb, vars(cfg), quiet=rank > 0)
     describe_run(log, cfg, folder, start, changes, dataset, val_sets, notices)
     if cfg.eval_only:
-        describe_network(log, network, hardware)
         validate(average, val_sets, cfg, hardware, start, best, folder, log)
+        lead_on(log, folder, start)
+        return 0
+    if start >= cfg.total_iters:
+        log(f"nothing to do: {start:,} iterations are done, and total_iters={cfg.total_iters}")
+        lead_on(log, folder, start)
         return 0
 
     # What else is trained. All of `parts` is saved with each checkpoint and restored from it.
@@ -887,11 +916,11 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
         remove_old_checkpoints(folder, it, cfg.keep_last, rank)
         return True
 
-    if rank == 0 and start < cfg.total_iters:
+    if rank == 0:
         write_file(folder / "config.json", json.dumps(vars(cfg), indent=1))
     workers = min(cfg.num_workers, os.cpu_count() or 1)
     loader = train_loader(dataset, sampler, workers, pin=device.type == "cuda")
-    bar = tqdm(total=cfg.total_iters, initial=start, disable=None if rank == 0 else True)
+    bar = progress_bar(cfg.total_iters, start, rank)
     requests = StopRequests(cfg.max_hours, begin)
     saved = start > 0
     with bar, Prefetcher(loader, device) as batches, requests:
@@ -908,7 +937,8 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
                 with clock.paused(device):
                     saved = save(it - 1)
             if code or (time_is_up and made_a_step):
-                how = "saved: the same command continues" if saved else "not saved"
+                command = f"python train.py {shlex.quote(str(folder))}"
+                how = f"saved; to continue: {command}" if saved else "not saved"
                 log(f"stopped after iteration {it - 1:,}, {how}")
                 return code
 
@@ -944,10 +974,12 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
                 with clock.paused(device):
                     saved = save(it)
             if device.type == "cpu" or it % cfg.print_freq == 0:
-                bar.set_postfix_str(f"loss {figures['loss'].item():.2e}, lr {lr:.1e}")
+                loss = figures["loss"].item()
+                bar.set_postfix_str(f"loss {loss:.2e}, {clock.left(it, cfg.total_iters)} left")
     if not saved:
         raise UserError(f"finished, but not saved: {FINITE_ADVICE}")
     log(f"finished: the weights are in {folder / 'models'}; to go on, raise --total_iters")
+    lead_on(log, folder, cfg.total_iters)
     del lock  # held until here
     return 0
 
@@ -968,19 +1000,30 @@ def describe_run(
         log(f"{folder}: continuing after iteration {start:,}")
     else:
         log(f"{folder}: starting")
-    unchanged = "as before" if start else "the defaults"
-    log(f"options: {', '.join(changes) or unchanged}")
     sets = ", ".join(f"{name} ({len(images)})" for name, images in val_sets.items()) or "none"
     training = "synthetic"
     if dataset.pairs:
         kind = "pair" if cfg.dataroot_lq else "image"
         training = f"{len(dataset):,} {kind}(s)"
+    if dataset.held_out:
+        sets = describe_held_out(val_sets["held_out"].names)
     if cfg.eval_only:
         log(f"data: validation: {sets}")
     else:
+        unchanged = "as before" if start else "the defaults"
+        log(f"options: {', '.join(changes) or unchanged}")
         log(f"data: {training}; validation: {sets}")
     for notice in notices:
         log(f"note: {notice}")
+
+
+def lead_on(log: Log, folder: Path, it: int) -> None:
+    """The last lines: a picture to look at, and what to do with the network."""
+    pictures = sorted(folder.glob(f"visualization/*/*_{it}.png"))
+    if pictures:
+        log(f"look at:  {pictures[0]}")
+    if (folder / "models").exists():
+        log(f"use it:   python model.py {shlex.quote(str(folder))} photo.jpg")
 
 
 def describe_network(
@@ -1018,7 +1061,7 @@ def log_step(
     seconds, steps = clock.read(it)
     waiting = batches.wait / seconds
     speed = clock.images / seconds
-    left = tqdm.format_interval(seconds / steps * (cfg.total_iters - it))
+    left = clock.left(it, cfg.total_iters)
     text = f"iter {it:,}/{cfg.total_iters:,}: loss {means['loss']:.4e}, lr {lr:.2e}"
     elsewhere = ("loss", "grad_norm", "skipped", "skipped_in_a_row", "damaged", "d_skipped")
     for name, value in means.items():  # the terms of the loss, and what else a step returns
@@ -1039,6 +1082,13 @@ def log_step(
     log.event("train", text, it, **values)
     if means["skipped_in_a_row"] >= MOST_SKIPPED:
         raise UserError(f"stopped: no finite loss in {MOST_SKIPPED} steps; {FINITE_ADVICE}")
+
+
+def progress_bar(total: int, start: int, rank: int) -> tqdm:
+    """In a terminal, on rank 0. The time left is set with the loss, as the log has it."""
+    layout = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+    hidden = None if rank == 0 else True  # None: hidden where there is no terminal
+    return tqdm(total=total, initial=start, disable=hidden, leave=False, bar_format=layout)
 
 
 def log_damaged(log: Log, dataset: PairedImageDataset, known: set[str]) -> dict[str, float]:
@@ -1075,7 +1125,7 @@ def load_config(argv: list[str]) -> Config:
         cfg = read_config(argv)
         check(cfg)
     except USER_ERRORS as error:
-        raise SystemExit(str(error)) from None
+        raise SystemExit(f"error: {error}") from None
     return cfg
 
 
@@ -1115,9 +1165,43 @@ def read_config(argv: list[str]) -> Config:
 
 
 def read_file(path: str) -> dict[str, Any]:
-    """The public names of a config file. Modules that it imports are no options."""
+    """The options in a config file, or in the config.json of a run's folder."""
+    if Path(path).is_dir():
+        return read_run(Path(path))
     if not Path(path).is_file():
-        raise UserError(f"{path}: there is no such config file (options are --key=value)")
+        files = [str(file) for file in Path("configs").glob("*.py")]
+        near = difflib.get_close_matches(path, files, 2)
+        advice = f"did you mean {' or '.join(near)}?" if near else "options are --key=value"
+        raise UserError(f"{path}: there is no such config file; {advice}")
+    if path.endswith(".json"):
+        return read_json(path)
+    return read_python(path)
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The options of the run in experiments/<name>, to go on with it."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is no run's folder: it has no config.json")
+    values = read_json(str(folder / "config.json"))
+    here = Path("experiments") / str(values.get("name"))
+    if here.resolve() != folder.resolve():
+        advice = f"take {folder / 'config.json'} and a --name, for a run like it"
+        raise UserError(f"{folder} is not {here}, where its run would go on: {advice}")
+    return values
+
+
+def read_json(path: str) -> dict[str, Any]:
+    try:
+        values = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is no config file: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is no config file: it holds no options")
+    return values
+
+
+def read_python(path: str) -> dict[str, Any]:
+    """Its public names. Modules that it imports are no options."""
     names: dict[str, Any] = {"__file__": path, "__name__": "config"}
     try:
         exec(compile(read_text(path), path, "exec"), names)
@@ -1210,11 +1294,27 @@ def conform(value: Any, hint: Any, name: str, source: str) -> Any:
     for kind in alternatives(hint):
         with contextlib.suppress(TypeError, OverflowError):
             return conform_to_kind(value, kind)
-    if get_origin(hint) is Literal:
-        wanted = " or ".join(repr(choice) for choice in get_args(hint))
-    else:
-        wanted = inspect.formatannotation(hint).replace("NoneType", "None")
+    wanted = " or ".join(describe_kind(kind) for kind in alternatives(hint))
     raise UserError(f"{source}: {name} must be {wanted}, not {value!r:.60} (see train.py --help)")
+
+
+KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "text",
+    NoneType: "None",
+    tuple[int, ...]: "whole numbers as 10,40",
+    tuple[float, ...]: "numbers as 0,50",
+    tuple[float, float]: "two numbers as 0.9,0.99",
+    tuple[str, ...]: "names as a,b",
+}
+
+
+def describe_kind(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return " or ".join(repr(choice) for choice in get_args(kind))
+    return KINDS.get(kind) or inspect.formatannotation(kind)
 
 
 def conform_to_kind(value: Any, kind: Any) -> Any:
@@ -1672,6 +1772,8 @@ def newest_whole_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any
             return load_checkpoint(folder, it)
         except UserError as error:
             print(f"warning: {error}: the one before is used, if any", file=sys.stderr)
+    if saved_iterations(folder):
+        print(f"warning: {folder} has no checkpoint that is whole: starting anew", file=sys.stderr)
     return FRESH_STATE, {}
 
 
@@ -1843,9 +1945,13 @@ class Clock:
         self.intervals = 0
         self.start = it
         self.mark: tuple[int, float] | None = None
+        self.pace: float | None = None  # seconds per step before the last log line
+        self.begin, self.it = time.perf_counter(), it
         self.restart(it)
 
     def restart(self, it: int) -> None:
+        seconds, steps = self.read(it)
+        self.pace = seconds / steps if steps else None
         self.begin = time.perf_counter()
         self.it = it
         self.images = 0
@@ -1854,6 +1960,12 @@ class Clock:
     def read(self, it: int) -> tuple[float, int]:
         """(seconds, steps)."""
         return time.perf_counter() - self.begin, it - self.it
+
+    def left(self, it: int, total: int) -> str:
+        """Time to the end, as 01:23:45."""
+        seconds, steps = self.read(it)
+        pace = self.pace if self.pace and steps < 20 else seconds / steps
+        return tqdm.format_interval(pace * (total - it))
 
     def estimate(self, it: int, total: int, device: torch.device, log: Log) -> None:
         """After 20 steps, logs the time to the end, by the last ten: the first ones compile."""

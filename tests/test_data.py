@@ -1231,10 +1231,8 @@ def test_command_line(folder, tmp_path):
     config.write_text(f"dataroot_gt = {str(folder)!r}\ngt_size = 32\nlr = 1e-3\n")
     assert run_cli("check", config)[0] == 0
     assert run_cli("preview", config, tmp_path / "sheet.png", "--degradation=jpeg")[0] == 0
-    assert Image.open(tmp_path / "sheet.png").size == (
-        8 * 32 * 4,
-        2 * 32 * 4,
-    )  # enlarged by a whole factor
+    # Four by three pairs, enlarged eightfold, with gaps of 6 and lines of 20 pixels for the names
+    assert Image.open(tmp_path / "sheet.png").size == (4 * 262 - 6, 3 * (2 * 256 + 26) - 6)
     code, text = run_cli("check", tmp_path / "absent")
     assert code == 1 and "absent' is not there" in text and text.count("\n") == 1
     assert run_cli()[0] == 1
@@ -1248,7 +1246,7 @@ def test_check_and_preview_take_the_trainers_options(folder, tmp_path):
     code, text = run_cli("check", config, f"--dataroot_gt={folder}", "--name=mine")
     small = len(list_images(folder))
     assert code == 0 and "no problems" in text, text
-    assert f"{small} image(s) or pair(s) found\n" in text
+    assert f"training: {small} image(s), " in text
     first = f"{folder}/{ImageFolder(folder).names[0]}"
     assert f"{small} image(s) are below gt_size=512, padded by reflection, as {first}, " in text
     for options, words in (
@@ -1274,7 +1272,7 @@ def test_check_and_preview_take_the_trainers_options(folder, tmp_path):
     assert code == 1 and "sheet.png is there already" in text, text
     (tmp_path / "sheet.png").unlink()
     assert run_cli("preview", config, tmp_path / "sheet.png", f"--dataroot_gt={folder}")[0] == 0
-    assert Image.open(tmp_path / "sheet.png").size == (8 * 16 * 7, 2 * 16 * 7)
+    assert Image.open(tmp_path / "sheet.png").size == (4 * 262 - 6, 3 * (2 * 256 + 26) - 6)
     for wrong in (
         "--scale=2x",
         "--gt_size=abc",
@@ -1286,6 +1284,40 @@ def test_check_and_preview_take_the_trainers_options(folder, tmp_path):
         assert code == 1 and text.startswith("error: ") and "Traceback" not in text, text
         assert wrong[2:].split("=")[0] in text, text
     assert run_cli("check", folder, folder, "--scale=0")[1].startswith("error: ")
+
+
+def test_check_takes_a_training_command_and_looks_at_validation_sets(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    val = tmp_path / "val"
+    save(val / "good.png", np.zeros((32, 32, 3), np.uint8))
+    command = ["python", "train.py", "configs/tiny.py", "--name=x", f"--dataroot_gt={folder}"]
+    code, text = run_cli("check", *command, f"--val_gt={val},synthetic")
+    assert code == 0 and f"validation {val}: 1 image(s)" in text, text
+    assert "megapixels are few" in text and "held out" not in text
+    code, text = run_cli("check", *command)
+    assert code == 0 and "held out: " in text, text
+    (val / "bad.png").write_bytes(b"no image")
+    code, text = run_cli("check", *command, f"--val_gt={val}")
+    assert code == 1 and "bad.png" in text and "problems: 1" in text
+
+
+def test_images_are_held_out_by_their_names(tmp_path):
+    for i in range(40):
+        save(tmp_path / "gt" / f"{i}.png", np.zeros((24, 24, 3), np.uint8))
+    options = {"gt_size": 16, "hold_out": True}
+    dataset = PairedImageDataset(tmp_path / "gt", **options)
+    chosen = {data.name_of(pair) for pair in dataset.held_out}
+    assert len(chosen) == 4 and len(dataset) == 36
+    assert chosen.isdisjoint(data.name_of(pair) for pair in dataset.pairs)
+    for i in range(40, 44):  # a folder that grows keeps most of them
+        save(tmp_path / "gt" / f"{i}.png", np.zeros((24, 24, 3), np.uint8))
+    grown = PairedImageDataset(tmp_path / "gt", **options)
+    assert len(chosen & {data.name_of(pair) for pair in grown.held_out}) >= 3
+    assert not PairedImageDataset(tmp_path / "gt", gt_size=16).held_out
+    large = PairedImageDataset(tmp_path / "gt", gt_size=32, hold_out=True)
+    assert not large.held_out  # none has a whole patch
+    images = ValidationImages(held_out=dataset.held_out)
+    assert len(images) == 4 and images[0]["gt"].shape == (24, 24, 3)
 
 
 def test_the_commands_that_take_options_need_train_py(tmp_path):

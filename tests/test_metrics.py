@@ -517,17 +517,31 @@ def test_names_that_differ_in_their_suffix_only_are_paired_as_model_writes_them(
     )  # a difference of 1 each, so a mean of the same
 
 
+def test_measures_take_float_batches_rounded_as_in_a_validation() -> None:
+    gt = torch.rand(2, 3, 24, 30)
+    pred = gt + 0.1 * torch.randn_like(gt)
+    for measure in (metrics.psnr, metrics.ssim, metrics.psnrb):
+        values = []
+        for a, b in zip(pred, gt, strict=True):
+            images = [x.clamp(0, 1).mul(255).round().byte().permute(1, 2, 0) for x in (a, b)]
+            values.append(measure(*images, 2, True))
+        assert measure(pred, gt, 2, True) == pytest.approx(sum(values) / 2, rel=1e-12)
+    for wrong in (pred[0], pred[:1], pred * math.nan, pred.numpy()):
+        with pytest.raises(metrics.UserError):
+            metrics.psnr(wrong, gt)
+
+
 def test_the_strip_shows_the_middle_of_three_images() -> None:
     gt, lq = noise(340, 130, 3), noise(340, 130, 3, seed=1)
     picture = np.asarray(metrics.strip(lq, gt, gt, 20.0, math.inf))
     assert picture.shape == (320, 390, 3)
-    text = 20  # rows that the captions cover
+    text = 24  # rows that the captions cover
     for i, image in enumerate((lq, gt, gt)):
         assert np.array_equal(picture[text:, 130 * i : 130 * (i + 1)], image[10 + text : 330])
     small = [noise(16, 16, 1, dtype=np.uint16, seed=i) for i in range(3)]
-    gray = metrics.strip(*small, 20.0, 30.0)  # eight times as large, so that the words fit
-    assert (gray.size, gray.mode) == ((3 * 128, 128), "L")
-    wanted = np.hstack(small)[..., 0].repeat(8, 0).repeat(8, 1) // 257
+    gray = metrics.strip(*small, 20.0, 30.0)  # ten times as large, so that the words fit
+    assert (gray.size, gray.mode) == ((3 * 160, 160), "L")
+    wanted = np.hstack(small)[..., 0].repeat(10, 0).repeat(10, 1) // 257
     assert np.array_equal(np.asarray(gray)[text:], wanted[text:])
 
 

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -148,13 +149,16 @@ def test_options_are_read_in_their_type(args, name, value):
         ("--val_GT=set", ["val_GT", "did you mean val_gt or"]),
         ("--dataroot=set", ["dataroot_gt", "dataroot_lq"]),
         ("--warmup_iter=4", ["warmup_iters"]),
-        ("--lr=fast", ["lr", "float", "fast"]),
+        ("--lr=fast", ["error: --lr=fast: lr must be a number, not 'fast'"]),
         ("--lr", ["--lr=VALUE"]),
         ("--auto_resume", ["unknown option auto_resume"]),
-        ("--batch_size=2.5", ["batch_size", "int", "2.5"]),
+        ("--batch_size=2.5", ["batch_size must be a whole number, not 2.5"]),
         ("--loss=l3", ["loss", "charbonnier", "l3"]),
-        ("--depths=6,x", ["depths", "tuple"]),
-        ("--quality=10-40", ["quality", "int | tuple", "10-40", "--help"]),
+        ("--depths=6,x", ["depths must be whole numbers as 10,40, not"]),
+        (
+            "--quality=10-40",
+            ["quality must be a whole number or whole numbers as 10,40", "10-40", "--help"],
+        ),
         ("configs/tiny.py --scale=0", ["scale=0 can't work: it must be at least 1"]),
         ("--scale=2", ["upsampler"]),
         ("--name=../up", ["name"]),
@@ -188,7 +192,7 @@ def test_a_config_file_is_checked_like_the_command_line(tmp_path):
     cfg = load_config([str(path), "--val_freq=1e3"])
     assert repr((cfg.total_iters, cfg.val_freq)) == "(10000, 1000)"
     path.write_text("batch_size = '64'\n")
-    with pytest.raises(SystemExit, match=r"c\.py: batch_size must be int, not '64'"):
+    with pytest.raises(SystemExit, match=r"c\.py: batch_size must be a whole number, not '64'"):
         load_config([str(path)])
 
 
@@ -217,7 +221,7 @@ def test_a_config_file_may_let_options_follow_others(tmp_path):
     )  # rules that follow rules
     assert (cfg.name, cfg.scale, cfg.gt_size) == ("128 (250000, 400000, 450000, 475000)", 2, 128)
     path.write_text("lr = lambda cfg: 'fast'\n")
-    with pytest.raises(SystemExit, match=r"lr must be float, not 'fast'"):
+    with pytest.raises(SystemExit, match=r"lr must be a number, not 'fast'"):
         load_config([str(path)])
 
 
@@ -268,7 +272,7 @@ def test_a_run_writes_what_the_blueprint_says(run):
     assert vals[1]["best_psnr"] == max(e["psnr"] for e in vals)
     assert 19 < vals[0]["input_psnr"] < 22  # sigma 25: 20.2 dB, a little more where pixels clip
     strip = Image.open(folder / "visualization" / "gt" / "0_6.png")
-    assert strip.size == (3 * 120, 120)  # three times as large, so that the words fit
+    assert strip.size == (3 * 160, 160)  # four times as large, so that the words fit
 
 
 def test_validation_equals_the_metrics_of_the_saved_network(run):
@@ -343,10 +347,82 @@ def test_edited_options_are_told_and_impossible_ones_refused(run, tmp_path):
         False,
     )
     code, text = train(tmp_path, "--dataroot_gt=gt", "--total_iters=6", "--lr=5e-4")
-    assert (code, "finished: the weights are in" in text) == (0, True)
+    assert (code, "nothing to do: 6 iterations are done, and total_iters=6" in text) == (0, True)
     code, text = train(tmp_path, "--dataroot_gt=gt", "--total_iters=2", "--resume=never")
     assert code == 0
     assert len(list((tmp_path / "experiments").iterdir())) == 2
+
+
+def test_a_run_goes_on_from_its_folder_with_its_own_options(tmp_path):
+    photos(tmp_path / "gt")
+    assert train(tmp_path, "--dataroot_gt=gt", "--total_iters=2", "--name=mine")[0] == 0
+    code, text = train(tmp_path, "experiments/mine", "--total_iters=4", small="")
+    assert code == 0 and "options: total_iters: 2 -> 4" in text, text
+    assert [e["iter"] for e in events(tmp_path, name="mine")] == [2, 4]
+    code, text = train(tmp_path, "experiments/mine", small="")
+    assert code == 0 and "nothing to do: 4 iterations are done" in text
+    assert "use it:   python model.py experiments/mine photo.jpg" in text
+    code, text = train(
+        tmp_path, "experiments/mine/config.json", "--name=other", "--total_iters=2", small=""
+    )
+    assert code == 0 and "experiments/other: starting" in text
+    assert network(tmp_path, 2, "other")["arguments"] == network(tmp_path, 4, "mine")["arguments"]
+
+    (tmp_path / "experiments/mine").rename(tmp_path / "experiments/moved")
+    code, text = train(tmp_path, "experiments/moved", small="")
+    assert code == 1 and "experiments/moved is not experiments/mine" in text
+    code, text = train(tmp_path, "gt", small="")
+    assert code == 1 and "error: gt is no run's folder: it has no config.json" in text
+    (tmp_path / "broken.json").write_text('{"lr": ')
+    (tmp_path / "list.json").write_text("[1, 2]")
+    for name in ("broken.json", "list.json"):
+        code, text = train(tmp_path, name, small="")
+        assert code == 1 and f"error: {name} is no config file" in text
+
+
+def test_a_config_that_is_not_there_is_answered_with_near_ones(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit, match=r"error: .* did you mean configs/denoise.py"):
+        load_config(["configs/denoize.py"])
+
+
+def test_some_images_are_held_out_for_validation(tmp_path):
+    """Without val_gt. Which ones follows from their names alone."""
+    photos(tmp_path / "gt", count=12)
+    options = ["--dataroot_gt=gt", "--val_freq=2", "--total_iters=2"]
+    code, text = train(tmp_path, *options)
+    assert code == 0, text
+    names = re.search(r"data: 11 image\(s\); validation: 1 held out: (\S+)\n", text)[1]
+    (val,) = events(tmp_path, "val")
+    assert val["dataset"] == "held_out" and math.isfinite(val["psnr"])
+    strip = f"visualization/held_out/{names.removesuffix('.png')}_2.png"
+    assert f"look at:  experiments/denoise_color25/{strip}" in text
+    assert (tmp_path / "experiments/denoise_color25" / strip).exists()
+    for more in (["--val_gt=synthetic", "--name=a"], ["--val_freq=0", "--name=b"]):
+        code, text = train(tmp_path, *options, *more)
+        assert code == 0 and "data: 12 image(s); validation: " in text
+    code, text = train(tmp_path, *options, "--eval_only=True")
+    assert code == 0 and f"1 held out: {names}" in text and "options:" not in text
+    # Of pairs, too; of less than four, none
+    code, text = train(tmp_path, *options, "--dataroot_lq=gt", "--name=pairs")
+    assert code == 0 and f"data: 11 pair(s); validation: 1 held out: {names}\n" in text
+    photos(tmp_path / "few", count=3)
+    code, text = train(
+        tmp_path, "--dataroot_gt=few", "--dataroot_lq=few", "--name=few", "--total_iters=1"
+    )
+    assert code == 0 and "data: 3 pair(s); validation: none" in text
+
+
+def test_a_damaged_image_is_left_out_of_those_held_out(tmp_path):
+    photos(tmp_path / "gt", count=120)
+    code, text = train(tmp_path, "--dataroot_gt=gt", "--total_iters=1", "--val_freq=1")
+    name = re.search(r"validation: 8 held out: (\S+),", text)[1]
+    path = tmp_path / "gt" / name
+    path.write_bytes(path.read_bytes()[:-200])
+    options = ["--dataroot_gt=gt", "--total_iters=1", "--val_freq=1", "--name=damaged"]
+    code, text = train(tmp_path, *options)
+    assert code == 0 and "validation: 7 held out" in text
+    assert f"left out of validation: gt/{name}" in text
 
 
 def test_a_refused_start_leaves_everything_as_it_was(run, tmp_path):
@@ -417,7 +493,7 @@ def test_networks_without_their_training_state_are_not_written_over(tmp_path):
     assert train(tmp_path, "--dataroot_gt=gt", "--total_iters=2")[0] == 0
     shutil.rmtree(tmp_path / "experiments/denoise_color25/training_states")
     assert train(tmp_path, "--dataroot_gt=gt", "--eval_only=True")[0] == 1
-    code, text = train(tmp_path, "--dataroot_gt=gt", "--total_iters=1")
+    code, text = train(tmp_path, "--dataroot_gt=gt", "--total_iters=1", "--val_freq=1")
     assert code == 0 and "was moved to" in text
     (old,) = (tmp_path / "experiments").glob("*_archived_*")
     assert (old / "models/net_g_2.pth").exists() and network(tmp_path, 1)["iter"] == 1
@@ -666,7 +742,7 @@ def test_captions_are_the_psnr_whatever_is_measured_first(tmp_path, monkeypatch)
     images = data.ValidationImages(None, n=1)
     cfg = Config(measures=("ssim", "psnr"), save_img=True)
     means, _ = trainer.evaluate(Same(), images, cfg)
-    assert captions == [(means["input_psnr"], means["psnr"])] and means["psnr"] > 20
+    assert captions == [(means["input_psnr"], means["psnr"], 320)] and means["psnr"] > 20
 
 
 class Same(torch.nn.Module):
