@@ -114,7 +114,8 @@ def print_versions(options: list[str]) -> None:
     if torch.cuda.is_available():
         print(f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")
         print(torch.cuda.get_device_properties(0))
-        print("torch.compile lacks:", train.why_not_compiled(torch.device("cuda", 0)))
+        missing = train.why_not_compiled(torch.device("cuda", 0))
+        print(f"torch.compile: {missing or 'nothing is missing'}")
     if shutil.which("nvidia-smi"):
         print(subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout)
     else:
@@ -200,18 +201,22 @@ def before_each_step(call: Callable[[], None]) -> None:
 
 
 def count_waits(options: list[str]) -> None:
-    """Expected: lines of the first steps, of the log and of the end; none in every iteration."""
+    """Expected between the first and the last iteration: only those that are logged."""
     torch.cuda.set_sync_debug_mode("warn")
+    starts = []  # how many warnings there were before each iteration
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        before_each_step(lambda: starts.append(len(caught)))
         code = train.main(train.load_config([*options, "--name=waits"]))
-    lines = Counter()
-    for warning in caught:
-        if "synchroniz" in str(warning.message):
-            lines[f"{Path(warning.filename).name}:{warning.lineno}"] += 1
-    for line, count in lines.most_common():
-        print(f"{count:4} times {line}")
-    print(f"{sum(lines.values())} in all")
+    for i in range(1, len(starts) - 1):
+        lines = Counter()
+        for warning in caught[starts[i] : starts[i + 1]]:
+            if "synchronizing" in str(warning.message):
+                lines[f"{Path(warning.filename).name}:{warning.lineno}"] += 1
+        if lines:
+            counts = [f"{count} x {line}" for line, count in lines.items()]
+            print(f"iteration {i + 1} waits: {', '.join(counts)}")
+    print(f"iterations 2 to {len(starts) - 1} were watched")
     sys.exit(code)
 
 
@@ -224,7 +229,10 @@ def compare_restart(options: list[str]) -> None:
     losses = [[e["loss"] for e in training_events(name)] for name in ("straight", "halves")]
     print("in one go:", *losses[0])
     print("restarted:", *losses[1])
-    print("equal" if losses[0] == losses[1] else "DIFFERENT")
+    if None in losses[0]:
+        print("NOT FINITE")
+    else:
+        print("equal" if losses[0] == losses[1] else "DIFFERENT")
 
 
 def training_events(name: str) -> list[dict]:
