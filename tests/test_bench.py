@@ -56,35 +56,26 @@ def select(rows, recipe):
     return [row for row in rows if row[0].startswith(recipe + ",")]
 
 
-def test_quick_tables_of_training_runs_and_routes():
-    names = ("attention", "protocol", "end_to_end")
-    tables, text = run_bench("--recipes", "lightweight", "--modes", "float32", "--tables", *names)
-    routes = [row[2] for row in tables["Training step"]]
-    assert routes == list(bench.model.ATTENTION), text
-    (row,) = tables["train.py, with loading"]
-    assert number(row[2]) > 0, text
-    rows = tables["x4, 24x16 input, float32"]
-    assert [row[0] for row in rows] == list(bench.PUBLISHED) and number(rows[0][2]) > 0
-
-
-def test_quick_peer_takes_turns(tmp_path):
+def test_quick_peer_takes_turns_and_train_runs(tmp_path):
+    """The tables attention and protocol are made in test_first_minutes.py."""
     (tmp_path / "models").mkdir()
     (tmp_path / "models/network_swinir.py").write_text("from model import SwinIR")
-    names = ("peer", "inference")
+    names = ("peer", "inference", "end_to_end")
     options = ("--recipes", "tiny", "--modes", "float32", "bf16", "--tables", *names)
     tables, text = run_bench("--peer", tmp_path, *options)
     modes = [row[1:3] for row in tables["Training step"]]
     assert modes == [["float32", "float32"], ["bf16", "bf16"], ["bf16", "float32"]], text
     assert all(" to " in row[5] for row in tables["Training step"])
     assert len(tables["Inference"]) == 6 and all(" to " in row[4] for row in tables["Inference"])
+    (row,) = tables["train.py, with loading"]
+    assert number(row[2]) > 0, text
 
 
 def test_quick_sizes_have_their_rows():
-    tables, text = run_bench("--sizes", "--recipes", "tiny", "lightweight", "--modes", "float32")
-    for recipe in ("tiny", "lightweight"):
-        titles = [row[0] for row in select(tables["Size"], recipe)]
-        assert sum("training step" in title for title in titles) == 3, text
-        assert sum("restore" in title for title in titles) == 1, text
+    tables, text = run_bench("--sizes", "--recipes", "tiny", "--modes", "float32")
+    titles = [row[0] for row in tables["Size"]]
+    assert sum("training step" in title for title in titles) == 3, text
+    assert sum("restore" in title for title in titles) == 1, text
 
 
 def make_bench(**changes):

@@ -26,6 +26,7 @@ def test_quick_report_has_every_step(tmp_path):
     assert "until iteration 6" in content["Training, eager"]
     assert "passed" in content["Tests of what a GPU runs"]
     assert "| tiny, batch 4 | float32 |" in content["Benchmark"]
+    assert "| SwinIR-M | " in content["Benchmark"]
     assert "| sdpa |" in content["Routes of attention"]
     assert "\nequal\n" in content["A restart has the same losses"]
     assert not list(tmp_path.glob("experiments"))
