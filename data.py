@@ -494,10 +494,12 @@ def write_whole(path: Path, content: bytes) -> None:
         partial_path.write_bytes(content)
         partial_path.replace(path)
     except OSError as error:
-        partial_path.unlink(missing_ok=True)
         raise UserError(
             f"{path} can't be written ({error.strerror}): {disk_advice(error)}"
         ) from None
+    finally:  # after Ctrl-C, too
+        with contextlib.suppress(OSError):
+            partial_path.unlink(missing_ok=True)
 
 
 def disk_advice(error: OSError) -> str:

@@ -1775,6 +1775,16 @@ def test_a_full_disk_leaves_no_partial_file(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_ctrl_c_leaves_no_partial_file(tmp_path, monkeypatch):
+    def stop(self, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        data.write_image(tmp_path / "x.jpg", photo(8, 8))
+    assert not list(tmp_path.iterdir())
+
+
 def test_leaving_a_prefetcher_whose_worker_hangs_takes_seconds(folder):
     class Hanging(torch.utils.data.Dataset):
         def __getitem__(self, i):
