@@ -1322,7 +1322,7 @@ def training_facts(path: Path, about: dict[str, Any]) -> dict[str, str]:
     """Those of TRAINING_FACTS that the network's file or its run's config.json tells."""
     metadata = about["metadata"]
     facts = {}
-    if "network" in metadata:  # an exported file
+    if "network" in metadata and "arguments" in metadata:  # an exported file
         facts = {key: metadata[key] for key in TRAINING_FACTS if key in metadata}
     if about["iter"]:
         facts["iterations"] = str(about["iter"])
@@ -1341,7 +1341,7 @@ def facts_of_config(path: Path) -> dict[str, str]:
         advice = "restore it, or copy the network to another folder"
         raise UserError(f"{path} can't be read ({one_line(error)}): {advice}") from error
     data = data_module()
-    # Names only: the folders they are in are nobody's business.
+    # Names only: a published file should not tell where they are on this machine.
     roots = [Path(root).name for root in data.split_roots(config.get("dataroot_gt"))]
     facts["dataset"] = ", ".join(roots) or "synthetic images"
     if config.get("dataroot_lq"):
