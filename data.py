@@ -2067,7 +2067,8 @@ class Prefetcher:
         if self.device.type == "cuda":
             # A thread begins on GPU 0: without set_device, every rank would open a context there.
             self.stream = torch.cuda.Stream(self.device)
-            self.thread = ThreadPoolExecutor(1, "loader", torch.cuda.set_device, (self.device,))
+            device = self.stream.device  # with its number, also for "cuda"
+            self.thread = ThreadPoolExecutor(1, "loader", torch.cuda.set_device, (device,))
         else:
             self.thread = ThreadPoolExecutor(1, "loader")
         self.batches = iter(loader)  # here, because the main thread should fork the workers
