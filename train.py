@@ -152,7 +152,7 @@ class Config:
     # micro-batches per step and rank; None: as few as fit into the memory
     accumulate: int | None = None
     total_iters: int = 1_600_000
-    optimizer: str = "adam"  # adam, adamw: see OPTIMIZERS
+    optimizer: str = "adam"  # adam, adamw, muon: see OPTIMIZERS
     lr: float = 2e-4
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
@@ -305,10 +305,84 @@ def adamw(network: nn.Module, cfg: Config) -> torch.optim.Optimizer:
     return torch.optim.AdamW(network.parameters(), **options, fused=True)
 
 
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) for the matrices and
+    convolutions between the first and the last layer, Adam for all else.
+
+    The update of a matrix is its momentum with all singular values set to about 1. It has Adam's
+    size (Liu et al. 2025, https://arxiv.org/abs/2502.16982), so both take the same lr.
+    """
+
+    MOMENTUM = 0.95
+
+    def __init__(self, network: nn.Module, cfg: Config) -> None:
+        matrices, others = [], []
+        for name, p in network.named_parameters():
+            inside = name.startswith(("layers.", "conv_after_body."))
+            if inside and p.ndim >= 2 and not name.endswith("bias_table"):
+                matrices.append(p)
+            else:
+                others.append(p)
+        groups = [{"params": matrices, "kind": "muon"}, {"params": others, "kind": "adam"}]
+        options = {"lr": cfg.lr, "betas": cfg.betas, "weight_decay": cfg.weight_decay}
+        super().__init__([group for group in groups if group["params"]], options)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+            if group["kind"] == "muon":
+                self.muon_step(group)
+            else:
+                self.adam_step(group)
+
+    def muon_step(self, group: dict[str, Any]) -> None:
+        by_shape: dict[torch.Size, list[Tensor]] = {}  # those of a shape are computed together
+        for p in group["params"]:
+            by_shape.setdefault(p.shape, []).append(p)
+        for parameters in by_shape.values():
+            directions = []
+            for p in parameters:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 1 - self.MOMENTUM)
+                direction = p.grad.lerp(momentum, self.MOMENTUM)  # Nesterov's
+                directions.append(direction.flatten(1))  # of a convolution: (out, in * kernel)
+            updates = orthogonalize(torch.stack(directions))
+            size = 0.2 * max(updates.shape[1:]) ** 0.5  # root mean square of Adam's updates: 0.2
+            for p, update in zip(parameters, updates, strict=True):
+                p.sub_(update.view_as(p), alpha=group["lr"] * size)
+
+    def adam_step(self, group: dict[str, Any]) -> None:
+        beta1, beta2 = group["betas"]
+        for p in group["params"]:
+            state = self.state[p]
+            mean = state.setdefault("mean", torch.zeros_like(p))
+            square = state.setdefault("square", torch.zeros_like(p))
+            state["step"] = state.get("step", 0) + 1
+            mean.lerp_(p.grad, 1 - beta1)
+            square.lerp_(p.grad.square(), 1 - beta2)
+            root = (square / (1 - beta2 ** state["step"])).sqrt() + 1e-8
+            p.addcdiv_(mean / (1 - beta1 ** state["step"]), root, value=-group["lr"])
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:  # (n, rows, columns)
+    """U V^T of each matrix U S V^T, about: five Newton-Schulz iterations, with the coefficients of
+    Muon's authors, bring the singular values to between 0.7 and 1.2."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if is_tall else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if is_tall else x
+
+
 # name -> function(network, cfg). A parameter group may have an "lr_scale", by which the lr is
 # multiplied. For a step that isn't finite it is not called; torch's fused Adam and AdamW are, and
 # change nothing (see step_if_finite).
-OPTIMIZERS = {"adam": adam, "adamw": adamw}
+OPTIMIZERS = {"adam": adam, "adamw": adamw, "muon": Muon}
 
 
 def build_network(cfg: Config) -> nn.Module:

@@ -1105,6 +1105,46 @@ def test_a_step_that_is_not_finite_changes_nothing_with_any_optimizer(make):
     assert not any(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
 
 
+def test_muon_orthogonalizes_matrices_and_leaves_the_rest_to_adam():
+    torch.manual_seed(0)
+    network = trainer.build_network(Config(embed_dim=12, depths=(2,), num_heads=(2,), gt_size=16))
+    cfg = Config(lr=0.01, betas=(0.8, 0.9), weight_decay=0.1)
+    muon = trainer.OPTIMIZERS["muon"](network, cfg)
+    named = dict(network.named_parameters())
+    matrix = named["layers.0.residual_group.blocks.0.mlp.fc1.weight"]  # (24, 12)
+    convolution = named["layers.0.conv.weight"]
+    others = [named[name] for name in ("conv_first.weight", "norm.weight")]
+    others.append(named["layers.0.residual_group.blocks.0.attn.relative_position_bias_table"])
+    adam = torch.optim.AdamW(
+        [p.detach().clone().requires_grad_() for p in others], cfg.lr, cfg.betas, weight_decay=0.1
+    )
+    copies = adam.param_groups[0]["params"]
+    for _ in range(3):
+        before = matrix.clone(), convolution.clone()
+        for p in named.values():
+            p.grad = torch.randn_like(p)
+        for p, copied in zip(others, copies, strict=True):
+            copied.grad = p.grad
+        muon.step()
+        adam.step()
+    for p, copied in zip(others, copies, strict=True):
+        torch.testing.assert_close(p, copied)
+    for p, old, longest in ((matrix, before[0], 24), (convolution, before[1], 108)):
+        update = (old * (1 - 0.01 * 0.1) - p).flatten(1) / (0.01 * 0.2 * longest**0.5)
+        values = torch.linalg.svdvals(update)
+        assert values.min() > 0.6 and values.max() < 1.3
+
+
+def test_a_restart_with_muon_is_exact(tmp_path):
+    options = ["--optimizer=muon", "--lr=1e-3", "--num_workers=0"]
+    assert train(tmp_path, *options, "--name=straight")[0] == 0
+    assert train(tmp_path, *options, "--name=stopped", "--max_hours=0")[0] == 0
+    assert train(tmp_path, *options, "--name=stopped")[0] == 0
+    a, b = network(tmp_path, 6, "straight"), network(tmp_path, 6, "stopped")
+    for kind in ("params", "params_ema"):
+        assert all(torch.equal(a[kind][key], b[kind][key]) for key in a[kind])
+
+
 def test_the_average_shares_the_statistics_of_batch_norm():
     from train import build_average, update_average
 
