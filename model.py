@@ -1521,7 +1521,7 @@ def openmodeldb_entry(
         "name": files[0].stem,
         "author": "",
         "license": None,
-        "tags": OPENMODELDB_TAGS.get(facts.get("degradation", ""), []),
+        "tags": OPENMODELDB_TAGS.get(facts.get("degradation", ""), ["restoration"]),
         "description": describe_network(net, facts),
         "date": datetime.date.today().isoformat(),
         "architecture": network,

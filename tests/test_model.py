@@ -1130,7 +1130,11 @@ def test_pairs_and_the_weights_that_were_the_start_are_described(tmp_path):
     folder = run_of_training(tmp_path / "mine", identity(), **options)
     path = folder / "models" / "net_g_9.pth"
     _, about = model.read_weights(path, "params_ema")
-    assert model.training_facts(path, about) == {
+    facts = model.training_facts(path, about)
+    entry = model.openmodeldb_entry(load(path), "swinir", facts, [path])
+    assert entry["trainingOTF"] is False and entry["tags"] == ["restoration"]
+    assert entry["pretrainedModelG"] == "start"
+    assert facts == {
         "iterations": "9",
         "dataset": "high",
         "degradation": "pairs",
