@@ -1012,7 +1012,7 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
                     saved = save(it - 1)
             if code or (time_is_up and made_a_step):
                 command = f"python train.py {shlex.quote(str(folder))}"
-                how = f"saved; to continue: {command}" if saved else "not saved"
+                how = f"saved: to go on, {command}" if saved else "not saved"
                 log(f"stopped after iteration {it - 1:,}, {how}")
                 return code
 

@@ -847,8 +847,8 @@ def test_validation_images_that_differ_in_their_suffix_have_names_of_their_own(t
         Image.new("RGB", (20, 20)).save(tmp_path / name)
     assert [pair["name"] for pair in map(ValidationImages(tmp_path).__getitem__, range(3))] == [
         "a.bmp",
-        "a",
-        "b.jpg",
+        "a.png",
+        "b",
     ]
 
 

@@ -95,7 +95,7 @@ def test_every_command_of_the_readme_runs(newcomer):
     for line in lines:
         nodes = 2 if "--nnodes=2" in line else 1
         line = line.replace("nproc_per_node=8", f"nproc_per_node={2 // nodes}")
-        words = shlex.split(line.replace("total_iters=6000", "total_iters=3"))
+        words = shlex.split(line.replace("total_iters=4000", "total_iters=3"))
         assigned = dict(words.pop(0).split("=") for word in words[:1] if "=" in word)
         torchrun = [sys.executable, "-m", "torch.distributed.run"]
         command = (torchrun if words[0] == "torchrun" else [sys.executable]) + words[1:]
