@@ -761,7 +761,8 @@ def load(path: str | Path, param_key: str = "params_ema", device: Any = "cpu") -
     """The network in a checkpoint of ours, the authors, BasicSR or KAIR, in eval mode.
 
     Args:
-        path: A file that torch.save wrote, or a safetensors file.
+        path: A file that torch.save wrote, or a safetensors file; or the folder of a run, whose
+            best network it is.
         param_key: Which weights: a key of the file, or what stands before their keys, as
             "net_g_ema" in net_g_ema.conv_first.weight. The default takes what there is if the file
             names its weights in another way.
@@ -769,6 +770,7 @@ def load(path: str | Path, param_key: str = "params_ema", device: Any = "cpu") -
     Arguments that the tensors' shapes do not tell are the file's own, or else the usual ones.
     Raises UserError, with the path, if the file holds no network that is known here.
     """
+    path = find_network(Path(path))
     weights, about = read_weights(path, param_key)
     name, stated = about["network"], about["arguments"]
     if name not in NETWORKS:
@@ -1705,7 +1707,7 @@ def find_network(path: Path) -> Path:
     if files:
         return files[max(files)]
     raise UserError(
-        f"{path} is a folder without models/net_g_best.pth or models/net_g_<iter>.pth: give the "
+        f"{path}: a folder without models/net_g_best.pth or models/net_g_<iter>.pth: give the "
         "folder of a run, or train longer: a network comes with the first validation or checkpoint"
     )
 

@@ -991,6 +991,7 @@ def test_of_a_runs_folder_the_best_or_else_the_newest_network_is_taken(tmp_path)
     shutil.copy(models / "net_g_9.pth", models / "net_g_best.pth")
     done = run(folder, image, "--device=cpu", "--overwrite")
     assert done.stdout.startswith(f"network: {models / 'net_g_best.pth'}\n")
+    assert load(folder).arguments == load(models / "net_g_best.pth").arguments
     assert done.stdout.endswith(f"publish it: python model.py {folder} --export mine.safetensors\n")
     shutil.rmtree(models)
     done = run(folder, image)
@@ -1293,7 +1294,7 @@ def test_a_users_mistakes_are_said_in_a_sentence(tmp_path):
         ((net, image, "--quality=0", "--format=jpg"), "--quality=0 must be from 1 to 100"),
         ((net, tmp_path / "a", tmp_path / "out.png"), "give a folder for it, too"),
         ((net, tmp_path / "a", tmp_path / "out.jpg"), "give a folder for it, too"),
-        ((tmp_path / "a", image), "is a folder without models/net_g_best.pth"),
+        ((tmp_path / "a", image), "a folder without models/net_g_best.pth"),
         ((net, image, "--export=x.onnx"), "restores nothing: leave INPUT out"),
         ((net, image, "--openmodeldb=x.json"), "give --export=FILE, too"),
         ((net, f"--export={tmp_path / 'x.pth'}"), "ends in .safetensors or .onnx"),
