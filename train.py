@@ -310,7 +310,8 @@ class Muon(torch.optim.Optimizer):
     convolutions between the first and the last layer, Adam for all else.
 
     The update of a matrix is its momentum with all singular values set to about 1. It has Adam's
-    size (Liu et al. 2025, https://arxiv.org/abs/2502.16982), so both take the same lr.
+    size (Liu et al. 2025, https://arxiv.org/abs/2502.16982), so both take the same lr. On a GPU
+    each step waits for the device: see step_if_finite.
     """
 
     MOMENTUM = 0.95

@@ -260,4 +260,4 @@ def test_configs_make_the_published_networks(config, published):
 
 def test_every_config_is_tried():
     files = {path.stem for path in (ROOT / "configs").glob("*.py")}
-    assert files == {config[0] for config in RECIPES} | {"tiny", "tiny_real_sr"}
+    assert files == {config[0] for config in RECIPES} | {"tiny", "tiny_real_sr", "speedrun"}
