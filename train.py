@@ -1076,7 +1076,7 @@ def describe_run(
     else:
         log(f"{folder}: starting")
     sets = ", ".join(f"{name} ({len(images)})" for name, images in val_sets.items()) or "none"
-    training = "synthetic"
+    training = "synthetic images (no dataroot_gt)"
     if dataset.pairs:
         kind = "pair" if cfg.dataroot_lq else "image"
         training = f"{len(dataset):,} {kind}(s)"
@@ -1250,6 +1250,10 @@ def read_file(path: str) -> dict[str, Any]:
         raise UserError(f"{path}: there is no such config file; {advice}")
     if path.endswith(".json"):
         return read_json(path)
+    if path.endswith((".yml", ".yaml")):
+        raise UserError(f"{path}: options are --key=value: README.md says how BasicSR's are called")
+    if path.endswith((".pth", ".state")):
+        raise UserError(f"{path} is no config file: name the run's folder, as experiments/mine")
     return read_python(path)
 
 
@@ -1258,6 +1262,8 @@ def read_run(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is no run's folder: it has no config.json")
     values = read_json(str(folder / "config.json"))
+    for name in ("resume", "eval_only", "max_hours"):  # of one start, not of the run
+        values.pop(name, None)
     here = Path("experiments") / str(values.get("name"))
     if here.resolve() != folder.resolve():
         advice = f"take {folder / 'config.json'} and a --name, for a run like it"
@@ -1302,14 +1308,39 @@ def check_known(name: str, source: str) -> None:
     known = list(vars(Config()))
     if name in known:
         return
-    aliases = {"manual_seed": "seed", "total_iter": "total_iters", "warmup_iter": "warmup_iters"}
-    near = difflib.get_close_matches(name.lower(), known, 2)
-    if name in aliases:
-        near = [aliases[name]]
-    advice = f"did you mean {' or '.join(near)}?" if near else "train.py --help lists them all"
+    last = name.rpartition(".")[2]
+    if "val" in name and last in ("dataroot_gt", "dataroot_lq"):  # datasets.val.dataroot_gt
+        last = last.replace("dataroot", "val")
+    near = difflib.get_close_matches(last.lower(), known, 2)
+    if last in BASICSR_NAMES:
+        advice = BASICSR_NAMES[last]
+    elif last in known:
+        advice = f"did you mean {last}?"
+    elif near:
+        advice = f"did you mean {' or '.join(near)}?"
+    else:
+        advice = "train.py --help lists them all"
     if not source.startswith("-"):
         advice += " (names of helpers in a config begin with _)"
     raise UserError(f"{source}: unknown option {name}; {advice}")
+
+
+# Options of BasicSR that are called otherwise here, where a near name would lead astray
+BASICSR_NAMES = {
+    "manual_seed": "did you mean seed?",
+    "total_iter": "did you mean total_iters?",
+    "warmup_iter": "did you mean warmup_iters?",
+    "val_dataroot_gt": "did you mean val_gt?",
+    "val_dataroot_lq": "did you mean val_lq?",
+    "metrics": "did you mean measures?",
+    "pixel_opt": "did you mean loss?",
+    "upscale": "did you mean scale?",
+    "opt": "give a config file: README.md says how BasicSR's options are called",
+    "launcher": "start several GPUs with torchrun --nproc_per_node=8 train.py",
+    "num_gpu": "start several GPUs with torchrun --nproc_per_node=8 train.py",
+    "auto_resume": "a run always goes on; resume=never starts afresh",
+    "resume_state": "a run goes on by itself; to go back, delete its later training_states",
+}
 
 
 class Rules:

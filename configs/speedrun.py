@@ -1,5 +1,5 @@
-# The speed run: from nothing to 31.24 dB, DnCNN's figure, on all of CBSD68 (colour, sigma 25), in as
-# little time as possible. The rules and the record are in tests/RESULTS.md.
+# The speed run: from nothing to 31.24 dB, the figure of DnCNN, on all of CBSD68 (colour, sigma 25),
+# in as little time as possible. The rules and the record are in tests/RESULTS.md.
 #
 #   python train.py configs/speedrun.py --dataroot_gt=BSD400 --val_gt=CBSD68
 name = "speedrun"

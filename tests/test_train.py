@@ -169,6 +169,12 @@ def test_options_are_read_in_their_type(args, name, value):
         ("--quality=200", ["quality", "at least 1, at most 100"]),
         ("--sigma=1,2,3 --total_iters=0", ["total_iters", "it must be at least 1"]),
         ("nowhere.py", ["nowhere.py"]),
+        ("--datasets.val.dataroot_gt=set", ["did you mean val_gt?"]),
+        ("--val_dataroot_lq=set", ["did you mean val_lq?"]),
+        ("--datasets.train.dataroot_gt=set", ["did you mean dataroot_gt?"]),
+        ("--val.metrics=psnr", ["did you mean measures?"]),
+        ("--resume_state=100.state", ["delete its later training_states"]),
+        ("--launcher=pytorch", ["torchrun"]),
         ("--total_iters 5", ["--total_iters=VALUE"]),
     ],
 )
@@ -362,11 +368,17 @@ def test_a_run_goes_on_from_its_folder_with_its_own_options(tmp_path):
     code, text = train(tmp_path, "experiments/mine", small="")
     assert code == 0 and "nothing to do: 4 iterations are done" in text
     assert "use it:   python model.py experiments/mine photo.jpg" in text
+    # What belongs to one start isn't taken over.
+    path = tmp_path / "experiments/mine/config.json"
+    options = json.loads(path.read_text())
+    path.write_text(json.dumps(options | {"resume": "never", "max_hours": 0, "eval_only": True}))
+    code, text = train(tmp_path, "experiments/mine", "--total_iters=6", small="")
+    assert code == 0 and "continuing after iteration 4" in text and "finished" in text
     code, text = train(
         tmp_path, "experiments/mine/config.json", "--name=other", "--total_iters=2", small=""
     )
     assert code == 0 and "experiments/other: starting" in text
-    assert network(tmp_path, 2, "other")["arguments"] == network(tmp_path, 4, "mine")["arguments"]
+    assert network(tmp_path, 2, "other")["arguments"] == network(tmp_path, 6, "mine")["arguments"]
 
     (tmp_path / "experiments/mine").rename(tmp_path / "experiments/moved")
     code, text = train(tmp_path, "experiments/moved", small="")
@@ -375,6 +387,10 @@ def test_a_run_goes_on_from_its_folder_with_its_own_options(tmp_path):
     assert code == 1 and "error: gt is no run's folder: it has no config.json" in text
     (tmp_path / "broken.json").write_text('{"lr": ')
     (tmp_path / "list.json").write_text("[1, 2]")
+    for name, words in (("a.yml", "options are --key=value"), ("a.state", "name the run's folder")):
+        (tmp_path / name).write_text("")
+        code, text = train(tmp_path, name, small="")
+        assert code == 1 and words in text
     for name in ("broken.json", "list.json"):
         code, text = train(tmp_path, name, small="")
         assert code == 1 and f"error: {name} is no config file" in text
