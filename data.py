@@ -1180,6 +1180,10 @@ class ImageFolder:
         self.notices = []
         if others:
             self.notices.append(f"{root}{name_others(others)}")
+        outputs = [name for name in self.names if Path(name).stem.endswith("_restored")]
+        if outputs:
+            names = f"{len(outputs)} image(s), as {outputs[0]}"
+            self.notices.append(f"{root}: {names}, may be outputs of model.py: move them away")
         if alphas:
             self.notices.append(f"{root}: alpha is dropped from {alphas} image(s)")
         if several:

@@ -838,8 +838,8 @@ def validate(
     pictures_folder = folder / "visualization"
     first_pictures = not pictures_folder.exists()
     decisive = best_key(next(iter(val_sets.values())), cfg)
-    if not cfg.eval_only:
-        forget_other_bests(best, decisive, folder, it, hardware.rank)
+    if not cfg.eval_only and forget_other_bests(best, decisive, folder, it, hardware.rank):
+        log("note: validation has changed, so the best network is sought anew")
     for dataset, images in val_sets.items():
         # Layers that are compiled for training would be compiled again for each image size.
         # cuDNN would time its algorithms for each of them, too.
@@ -891,17 +891,18 @@ def best_key(images: ValidationImages, cfg: Config) -> str:
 
 def forget_other_bests(
     best: dict[str, list[float]], decisive: str, folder: Path, it: int, rank: int
-) -> None:
+) -> bool:
     """If validation has changed, figures don't compare, and net_g_best.pth is of the old one: it
     is kept under another name. The first key of `best` is the one that decided: dicts keep their
-    order, also in a checkpoint."""
+    order, also in a checkpoint. Returns whether validation has changed."""
     first = next(iter(best), None)  # by which net_g_best.pth was chosen
     if first in (None, decisive):
-        return
+        return False
     best.clear()
     old = folder / "models" / "net_g_best.pth"
     if rank == 0 and old.exists():
         old.rename(old.with_stem(f"net_g_best_before_{it}"))
+    return True
 
 
 # The run
@@ -1098,7 +1099,7 @@ def lead_on(log: Log, folder: Path, it: int) -> None:
     if pictures:
         log(f"look at:  {pictures[0]}")
     if (folder / "models").exists():
-        log(f"use it:   python model.py {shlex.quote(str(folder))} photo.jpg")
+        log(f"use it:   python model.py {shlex.quote(str(folder))} YOUR_PHOTO.jpg")
 
 
 def describe_network(
@@ -1111,13 +1112,16 @@ def describe_network(
     device = hardware.device
     count = sum(p.numel() for p in network.parameters())
     ranks = f"{hardware.world} rank(s) x {accumulate} micro-batch(es)"
+    precision = "float32" if hardware.precision == "none" else hardware.precision
     text = f"network: {count:,} parameters; torch {torch.__version__}, {device}"
-    text += f", {hardware.precision}, {ranks}"
+    text += f", {precision}, {ranks}"
     if device.type == "cpu":
         text += f", {torch.get_num_threads()} thread(s)"
     elif not_compiled:
         text += f"; not compiled: {not_compiled}"
     log(text)
+    if device.type == "cpu" and count > 5e6:
+        log("note: on a CPU, a network of this size takes months: configs/tiny.py is for CPUs")
 
 
 def log_step(
@@ -1245,6 +1249,7 @@ def read_file(path: str) -> dict[str, Any]:
         return read_run(Path(path))
     if not Path(path).is_file():
         files = [str(file) for file in Path("configs").glob("*.py")]
+        files += [str(file.parent) for file in Path("experiments").glob("*/config.json")]
         near = difflib.get_close_matches(path, files, 2)
         advice = f"did you mean {' or '.join(near)}?" if near else "options are --key=value"
         raise UserError(f"{path}: there is no such config file; {advice}")
@@ -2031,7 +2036,7 @@ class StopRequests:
     def stop_with(self, error: UnreadableImage) -> None:
         """On any rank."""
         self.exit_code = self.exit_code or 1
-        tqdm.write(f"error: {error}; repair or remove it, then run the same command to continue")
+        tqdm.write(f"error: {error}; then run the same command to continue")
 
     def agree(self, world: int) -> tuple[bool, bool, int]:
         """(save, time is up, exit code), the same on all ranks."""

@@ -76,7 +76,7 @@ def newcomer(tmp_path):
         photos(tmp_path / folder, count=6, size=10 if "low" in folder else 40)
     official = tmp_path / "005_colorDN_DFWB_s128w8_SwinIR-M_noise25.pth"
     torch.save({"params": small_network().state_dict()}, official)
-    shutil.copy(tmp_path / "photos/0.png", tmp_path / "photo.jpg")
+    shutil.copy(tmp_path / "photos/0.png", tmp_path / "holiday.jpg")
     random_vgg(tmp_path / "experiments/pretrained_models/vgg19-dcbb9e9d.pth")
     return tmp_path
 
@@ -112,7 +112,7 @@ def test_every_command_of_the_readme_runs(newcomer):
             text = process.communicate(timeout=200)[0]
             assert process.returncode == 0, f"{line}\n{text}"
     assert len(list((newcomer / "restored").iterdir())) == 12  # .png and .jpg of six
-    assert (newcomer / "sheet.png").exists() and (newcomer / "photo_restored.png").exists()
+    assert (newcomer / "sheet.png").exists() and (newcomer / "holiday_restored.png").exists()
 
 
 def test_the_readme_takes_ten_minutes():

@@ -367,7 +367,7 @@ def test_a_run_goes_on_from_its_folder_with_its_own_options(tmp_path):
     assert [e["iter"] for e in events(tmp_path, name="mine")] == [2, 4]
     code, text = train(tmp_path, "experiments/mine", small="")
     assert code == 0 and "nothing to do: 4 iterations are done" in text
-    assert "use it:   python model.py experiments/mine photo.jpg" in text
+    assert "use it:   python model.py experiments/mine YOUR_PHOTO.jpg" in text
     # What belongs to one start isn't taken over.
     path = tmp_path / "experiments/mine/config.json"
     options = json.loads(path.read_text())
