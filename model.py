@@ -1868,10 +1868,8 @@ def restore_files(
             restored.append(restore_file(net, path, output, args))
         except (ValueError, RuntimeError, OSError, MemoryError) as error:
             failed.append(str(path))
-            sentence = str(error)
-            if not sentence.startswith(str(path)):
-                sentence = f"{path}: {sentence or type(error).__name__}"
-            tqdm.write(f"error: {sentence}", file=sys.stderr)
+            reason = str(error).removeprefix(str(path)).lstrip(": ") or type(error).__name__
+            tqdm.write(f"error: {path}: {reason}", file=sys.stderr)
     return restored, failed
 
 

@@ -1268,6 +1268,7 @@ def test_broken_images_are_named_and_the_rest_goes_on(tmp_path):
     assert found == ["a/good.bmp.png", "a/good.png.png"]
 
 
+@pytest.mark.skipif(not find_spec("safetensors"), reason="needs safetensors")
 def test_a_users_mistakes_are_said_in_a_sentence(tmp_path):
     net, image = saved(tmp_path / "net.pth", identity()), tmp_path / "a" / "a.png"
     write(image, np.zeros((9, 9, 3), np.uint8))
