@@ -1718,8 +1718,8 @@ class PairedImageDataset(Dataset):
         filename_tmpl, meta_info_file, cache_gb: See `open_pairs`.
         dataset_weights: How often to draw from each root. None: by the number of its images.
         use_hflip, use_rot: Horizontal flips; vertical flips and transpositions.
-        hold_out: Keep a few pairs of each root out, for validation: see `hold_out`. They are in
-            `held_out`.
+        hold_out: Keep a few pairs of each root out, for validation, in `held_out`. See
+            `split_held_out`.
         degradation_options: `sigma` of 255 or (low, high), `quality` of JPEG or (low, high), ...
 
     Raises UserError, with files and remedy, for what can't be paired or read, and
