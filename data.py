@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import PIL
@@ -45,7 +45,7 @@ class UserError(ValueError):
 
 
 class UnreadableImage(UserError):
-    """An image file that is damaged, or whose layout is not known to be read exactly."""
+    """An image file that is damaged, or whose layout can't be read exactly."""
 
 
 # Image files
@@ -54,7 +54,7 @@ ORIENTATION = 0x0112  # EXIF's tag
 OLD_PILLOW = ""
 if int(PIL.__version__.split(".")[0]) < 11:
     OLD_PILLOW = f"Pillow {PIL.__version__} is too old: pip install --upgrade pillow (11 or later)"
-# What the user's own files hold is not limited here: memory decides.
+# No limits of size: these are the user's own files.
 Image.MAX_IMAGE_PIXELS = None
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**31 - 1
 
@@ -84,16 +84,26 @@ LAYOUTS = {
     (16, "RGB"): "16-bit colour",
     (16, "RGBA"): "16-bit colour",
 }
-INEXACT_RAW_MODES = ("LA;16B", "BGR;15", "BGR;16")  # 16-bit gray with alpha; 5 bits in BMP
+# Modes in the file that Pillow decodes to RGB or RGBA of 8 bits: 16-bit gray with alpha in PNG,
+# 5 bits per channel in BMP.
+INEXACT_RAW_MODES = ("LA;16B", "BGR;15", "BGR;16")
 TIFF_CHANNELS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3}  # by PhotometricInterpretation, without alpha
 
 
 # EXIF's main tags that don't describe how the pixels were stored
 EXIF_TAGS = (
-    *("ImageDescription", "Make", "Model", "Software", "DateTime", "Artist", "HostComputer"),
-    *("XResolution", "YResolution", "ResolutionUnit", "Copyright"),
+    ExifTags.Base.ImageDescription,
+    ExifTags.Base.Make,
+    ExifTags.Base.Model,
+    ExifTags.Base.Software,
+    ExifTags.Base.DateTime,
+    ExifTags.Base.Artist,
+    ExifTags.Base.HostComputer,
+    ExifTags.Base.XResolution,
+    ExifTags.Base.YResolution,
+    ExifTags.Base.ResolutionUnit,
+    ExifTags.Base.Copyright,
 )
-EXIF_TAGS = tuple(ExifTags.Base[name].value for name in EXIF_TAGS)
 # Entries of Pillow's image.info that restored files lack
 DROPPED_INFO = {"gamma": "its gamma", "xmp": "its XMP data", "comment": "its comment"}
 
@@ -487,7 +497,7 @@ def encode_8_bit(
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Under a temporary name first: the file is there once it is whole."""
+    """Writes under a temporary name first, so that the file appears only when complete."""
     # Short, because the name itself may have the greatest length that is allowed.
     partial_path = path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.partial")
     try:
@@ -505,7 +515,7 @@ def write_whole(path: Path, content: bytes) -> None:
 def disk_advice(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "make room"
-    return "see to the permissions, the drive or the network"
+    return "check the permissions, the drive or the network"
 
 
 def fit_name(name: str) -> str:
@@ -562,7 +572,7 @@ def list_images(root: str | Path, others: Counter | None = None) -> list[Path]:
             else:
                 others[suffix or "without suffix"] += 1
     if not paths:
-        found = "is not there"
+        found = "is a file, not a folder" if os.path.isfile(root) else "is not there"
         if os.path.isdir(root):
             found = f"holds no images ({', '.join(IMAGE_SUFFIXES)}){name_others(others)}"
         raise UserError(f"{str(root)!r} {found}")
@@ -608,11 +618,11 @@ def resize_rows(rows: np.ndarray, scale: float) -> np.ndarray:  # (n, ...) -> (m
     n = len(rows)
     # Input pixels per output pixel; rounded, so that equal phases have equal weights.
     step = round(1 / scale, 12)
-    width = max(step, 1.0)  # of the kernel, which widens to shrink an image
+    stretch = max(step, 1.0)  # of the kernel: to shrink an image, it widens
     centre = np.arange(math.ceil(round(n * scale, 9))) * step + 0.5 * (step - 1)  # (m,)
-    count = math.ceil(4 * width) + 2
-    taps = np.floor(centre - 2 * width)[:, None] + np.arange(count)  # (m, count) input positions
-    weights = cubic(np.abs(centre[:, None] - taps) / width)
+    count = math.ceil(4 * stretch) + 2
+    taps = np.floor(centre - 2 * stretch)[:, None] + np.arange(count)  # (m, count) input positions
+    weights = cubic(np.abs(centre[:, None] - taps) / stretch)
     weights /= weights.sum(axis=1, keepdims=True)
     taps = np.abs((taps + n + 0.5) % (2 * n) - n).astype(int)  # mirrored: -1 is 0, n is n - 1
     out = 0.0
@@ -631,8 +641,8 @@ def cubic(d: np.ndarray, a: float = -0.5) -> np.ndarray:
 
 
 # Degradations: functions (gt, rng, scale, *, own options) -> lq. They can be called with plain
-# values, and one can call another. gt is (H, W, C), uint8 or uint16; lq is / scale, of the same
-# type or float32 in [0, 1].
+# values, and one can call another. gt is (H, W, C), uint8 or uint16; lq is (H / scale, W / scale,
+# C), uint8, uint16, or float32 in [0, 1].
 
 
 def add_noise(
@@ -655,11 +665,8 @@ def compress_jpeg(
     The pixels are the same as OpenCV's, with which SwinIR was trained and tested.
     """
     quality = round(draw(rng, quality))
-    image = to_uint8(gt)
     file = io.BytesIO()
-    Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(
-        file, "JPEG", quality=quality
-    )
+    to_pillow(to_uint8(gt)).save(file, "JPEG", quality=quality)
     return np.asarray(Image.open(file)).reshape(gt.shape)
 
 
@@ -690,7 +697,7 @@ def to_uint8(image: np.ndarray) -> np.ndarray:
 
 # Blind degradations, for real-world super-resolution: chains of random steps, which work on
 # float32 in [0, 1]. Their probabilities and ranges are the authors', and stand in these tables.
-# A run that is continued does not notice when they have changed.
+# Resuming a run does not detect edits to them.
 
 # KAIR's degradation_bsrgan (utils/utils_blindsr.py), with which SwinIR's authors trained. (Their
 # options name shuffle_prob and use_sharp as well, which only its bsrgan_plus reads.) `rest` is the
@@ -701,7 +708,9 @@ BSRGAN = {
     "blur_reach": (3, 12),  # the kernel has 2 * reach + 1 pixels, 7 to 25
     "variance": lambda rest: (0, 4 + rest),  # of the anisotropic blur, along both axes, pixels^2
     "sigma": lambda rest: (0, 2 + 0.2 * rest),  # of the isotropic blur, pixels
-    "resized": 0.75,  # probability, else it shrinks by a Gaussian and every rest-th pixel
+    # shrink: the probability to resize, by a factor "shrinkage". Else it blurs by a Gaussian, with
+    # "shrinking_sigma", and takes every rest-th pixel.
+    "resized": 0.75,
     "shrinkage": lambda rest: (1, 2 * rest),
     "shrinking_sigma": lambda rest: (0.1, 0.6 * rest),
     "noise": (2, 25),  # deviation of 255, an integer
@@ -751,7 +760,7 @@ REAL_ESRGAN = {
         ("plateau", True): 0.12,
         ("plateau", False): 0.03,
     },
-    "beta": {"generalised": (0.5, 4.0), "plateau": (1.0, 2.0)},  # below 1 as often as above
+    "beta": {"generalised": (0.5, 4.0), "plateau": (1.0, 2.0)},  # half of them up to 1
     "gaussian_noise": 0.5,  # probability, else Poisson noise
     "gray_noise": 0.4,
 }
@@ -779,13 +788,14 @@ def bsrgan(
             image = resize_by_random_kind(image, rng, height, width)
         elif step == "noise":
             image = add_channel_noise(image, rng)
-        elif rng.random() < BSRGAN["jpeg"]:
+        elif step == "jpeg" and rng.random() < BSRGAN["jpeg"]:
             image = to_float(compress_jpeg(image, rng, quality=draw_integer(rng, jpeg_range)))
     return compress_jpeg(image, rng, quality=draw_integer(rng, jpeg_range))
 
 
 def bsrgan_steps(rng: Any) -> list[str]:
-    """KAIR's seventh step, a camera model, is not part of the recipe."""
+    """The six steps in random order, with "shrink" before "fit". (KAIR's seventh step, a camera
+    model, is not part of SwinIR's recipe.)"""
     steps = ["blur", "blur", "shrink", "fit", "noise", "jpeg"]
     steps = [steps[i] for i in rng.permutation(len(steps))]
     first, second = sorted((steps.index("shrink"), steps.index("fit")))
@@ -848,7 +858,7 @@ def realesrgan(
 ) -> np.ndarray:
     """Real-ESRGAN: blur, resizing, noise and JPEG, twice, with a sinc filter at the end.
 
-    JPEG is that of image files. Real-ESRGAN imitates it on the GPU, with coarser colour edges.
+    JPEG is a real codec's. Real-ESRGAN imitates it on the GPU, with coarser colour edges.
 
     jpeg_range: quality of each JPEG: 1 to 100, or (low, high).
     """
@@ -953,7 +963,7 @@ def bell_kernel(
 
     r: the distance from the middle in units of sigma_x along `angle`, and of sigma_y across it.
     """
-    sigma_x, sigma_y = max(sigma_x, 1e-3), max(sigma_y, 1e-3)  # by which 0 is no blur
+    sigma_x, sigma_y = max(sigma_x, 1e-3), max(sigma_y, 1e-3)  # so that 0 means no blur
     y, x = np.mgrid[:size, :size] - size // 2
     along = (math.cos(angle) * x + math.sin(angle) * y) / sigma_x
     across = (math.cos(angle) * y - math.sin(angle) * x) / sigma_y
@@ -965,7 +975,8 @@ def bell_kernel(
 def shifted_kernel(size: int, sigma: float, shift: float) -> np.ndarray:
     """A Gaussian whose middle is `shift` pixels further up and left, by linear interpolation.
 
-    Blurred by it, every rest-th pixel, from the first one on, lies in the middle of rest x rest.
+    After blurring with it, every rest-th pixel from the first one on samples the middle of a block
+    of rest x rest.
     """
     positions = np.arange(size)
     row = bell_kernel(size, sigma, sigma)[size // 2]
@@ -1038,19 +1049,21 @@ def taps_of(kind: str, n: int, size: int) -> tuple[np.ndarray, np.ndarray]:
         centre = (np.arange(size)[:, None] + 0.5) * step - 0.5
         taps = np.floor(centre) + (np.arange(2) if kind == "bilinear" else np.arange(-1, 3))
         distance = np.abs(centre - taps)
-        weights = 1 - distance if kind == "bilinear" else cubic(distance, a=-0.75)
+        weights = 1 - distance if kind == "bilinear" else cubic(distance, a=-0.75)  # OpenCV's a
     weights = weights / weights.sum(axis=1, keepdims=True)
     return taps.clip(0, n - 1).astype(int), weights.astype(np.float32)
 
 
 class Degradation(NamedTuple):
-    """A function, and the LQ pixels around a crop that it has to see.
+    """A function, and how training applies it to a crop of an image.
 
-    A crop grows to multiples of `margin`, and by one margin on each side, before it is degraded, so
-    that it equals the crop of the degraded image. 16 is a block of 4:2:0 JPEG; the cubic kernel
-    reaches 2 LQ pixels, for which 4 is ample. 0: the crop is degraded alone, which is the same for
-    a function that treats each pixel on its own. With `sharpen`, GT is sharpened before, and stays
-    so as the target of the training; validation degrades and compares the image as it is.
+    margin: LQ pixels around the crop that are degraded with it and cut off afterwards. The crop
+        first grows to multiples of `margin`, then by one margin on each side. So a crop of the
+        degraded image is what training sees, if the function works on blocks of `margin` pixels,
+        as JPEG does (16 for 4:2:0), or reaches no further (the cubic kernel reaches 2). A chain of
+        random steps only gets some context. 0: the crop is degraded alone.
+    sharpen: Sharpen GT first. In training the sharpened GT is the target, too; validation leaves
+        it as it is.
     """
 
     function: Callable[..., np.ndarray]
@@ -1061,14 +1074,14 @@ class Degradation(NamedTuple):
 # By name: `--degradation=noise`. The options of a function are read off its signature. They are
 # set by options of train.py of the same name, fixed for a run, and named in validation lines.
 DEGRADATIONS = {
-    "noise": Degradation(add_noise),
+    "noise": Degradation(add_noise),  # each pixel on its own: no margin
     "jpeg": Degradation(compress_jpeg, margin=16),
     "bicubic": Degradation(downscale, margin=4),
-    "bsrgan": Degradation(bsrgan),  # KAIR degrades the crop alone, too
+    "bsrgan": Degradation(bsrgan),  # KAIR degrades the crop alone
     # Real-ESRGAN degrades 100 LQ pixels for a crop of 64.
     "realesrgan": Degradation(realesrgan, margin=8, sharpen=True),
 }
-LEAST = {"sigma": 0, "quality": 1, "jpeg_range": 1}  # least value of an option
+LIMITS = {"sigma": (0, math.inf), "quality": (1, 100), "jpeg_range": (1, 100)}  # of the options
 VALIDATED = {"sigma": max, "quality": min}  # a range is validated at its hard end
 
 
@@ -1113,29 +1126,39 @@ def bind_degradation(name: str, scale: int, in_chans: int, options: dict[str, An
     degradation = DEGRADATIONS[name]
     bound = partial(degradation.function, scale=scale, **own)
 
-    # Results of another kind would spoil the training without a word. The image is 128: floats
-    # in [0, 1] have a mean near 0.5, those in [0, 255] near 128, and 9 lies between.
+    # Results of another kind would spoil the training without a word. All pixels are 128: the mean
+    # of floats in [0, 1] is near 0.5, that of floats in [0, 255] near 128.
     lq = bound(np.full((64 * scale, 64 * scale, in_chans), 128, np.uint8), sample_rng(0, 0))
-    is_8_bit = lq.dtype == np.uint8
-    if lq.shape != (64, 64, in_chans) or not (is_8_bit or abs(np.mean(lq)) < 9):  # nan is not
+    plausible = lq.dtype == np.uint8 or abs(np.mean(lq)) < 9  # False for nan
+    if lq.shape != (64, 64, in_chans) or not plausible:
         sentence = "must return (H / scale, W / scale, C), uint8 or floats in [0, 1]"
         raise UserError(f"{name} {sentence}, and does not for {scale=}")
     return degradation._replace(function=bound)
 
 
 def check_range(name: str, value: Any) -> None:
-    least = LEAST.get(name, -math.inf)
+    low, high = LIMITS.get(name, (-math.inf, math.inf))
     if isinstance(value, tuple | list):
-        if len(value) == 2 and least <= value[0] <= value[1]:
+        if len(value) == 2 and low <= value[0] <= value[1] <= high:
             return
-    elif not isinstance(value, int | float) or value >= least:
+    elif not isinstance(value, int | float) or low <= value <= high:
         return
-    raise UserError(f"{name}={value} must be a number or a range (low, high), at least {least}")
+    wanted = "a number or a range (low, high)"
+    raise UserError(f"{name}={value} must be {wanted}, at least {low}, at most {high}")
 
 
-# Where images come from. A source has source[i]; those of files have names, shapes (H, W, C),
-# depths (bytes per value), problems [(name, sentence)] of files that can't be opened, damaged
-# (1 for each image that turned out to be), and notices as well.
+class Source(Protocol):
+    """Where images come from: source[i] is image i, (H, W, C) uint8 or uint16."""
+
+    root: str | Path
+    names: list[str]  # paths below root
+    shapes: list[tuple[int, int, int]]
+    depths: list[int]  # bytes per value
+    problems: list[tuple[str, str]]  # (name, sentence) for each file that can't be opened
+    damaged: Tensor  # (images,) uint8, 1 for each that turned out to be damaged
+    notices: list[str]
+
+    def __getitem__(self, i: int) -> np.ndarray: ...
 
 
 class ImageFolder:
@@ -1159,11 +1182,10 @@ class ImageFolder:
         several = []
         others: Counter = Counter()
         paths = list_images(root, others)
-        look = look_whole if whole else look_at_header
+        hidden = None if whole else True  # None: shown in a terminal
         with ThreadPoolExecutor(16) as pool:  # opening files is mostly waiting
-            found = tqdm(
-                pool.map(look, paths), str(root), len(paths), disable=None if whole else True
-            )
+            found = pool.map(partial(look, whole=whole), paths)
+            found = tqdm(found, str(root), len(paths), disable=hidden)
             for path, (header, problem) in zip(paths, found, strict=True):
                 name = path.relative_to(self.root).as_posix()
                 if problem:
@@ -1204,24 +1226,17 @@ class ImageFolder:
         worker = get_worker_info()
         share = self.cache_gb * 1e9 / (worker.num_workers if worker else 1)
         if self.cached_bytes + image.nbytes <= share:
-            # For good: every epoch has another order, so no image is more likely than another.
+            # Never evicted: each epoch has another order, so any image is as likely as any other.
             self.cache[i] = image
             self.cached_bytes += image.nbytes
         return image
 
 
-def look_at_header(path: Path) -> tuple[Header | None, str | None]:
-    """(header, None) or (None, problem)."""
-    try:
-        return read_header(path), None
-    except UnreadableImage as error:
-        return None, str(error)
-
-
-def look_whole(path: Path) -> tuple[Header | None, str | None]:
+def look(path: Path, whole: bool) -> tuple[Header | None, str | None]:
+    """(header, None) or (None, problem). `whole`: decodes the image, too."""
     try:
         header = read_header(path)
-        if read_image(path).shape != header.shape:
+        if whole and read_image(path).shape != header.shape:
             raise UnreadableImage(f"{path} has another size than its header says: save it anew")
         return header, None
     except UnreadableImage as error:
@@ -1263,7 +1278,7 @@ class PackedImages:
 
 
 def pack(source: str | Path, target: str | Path) -> None:
-    """Decodes the folder `source` into the file `target`, which is there once it is whole.
+    """Decodes the folder `source` into the file `target`, which appears only when complete.
 
     Raises UserError if an image is damaged, the disk too small, or the file there already.
     """
@@ -1285,25 +1300,28 @@ def pack(source: str | Path, target: str | Path) -> None:
         raise UserError(f"{target} would fill the disk: make room, or pack to another one")
 
     partial_path = Path(f"{target}.partial")
-    with partial_path.open("wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
-        header = {"descr": "|u1", "fortran_order": False, "shape": (total,)}
-        np.lib.format.write_array_header_1_0(file, header)
-        for first in tqdm(range(0, len(sizes), 16), "16 images each"):  # as many in memory
-            numbers = range(first, min(first + 16, len(sizes)))
-            for i, image in zip(numbers, pool.map(folder.__getitem__, numbers), strict=True):
-                if image.nbytes != sizes[i]:
-                    raise UserError(f"{source}/{folder.names[i]} has changed meanwhile: pack again")
-                file.write(image.astype(f"<u{image.itemsize}"))
-        file.write(index + len(index).to_bytes(8, "little") + PackedImages.MAGIC)
-    os.replace(partial_path, target)
+    try:
+        with partial_path.open("wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (total,)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for first in tqdm(range(0, len(sizes), 16), "16 images each"):  # as many in memory
+                numbers = range(first, min(first + 16, len(sizes)))
+                for i, image in zip(numbers, pool.map(folder.__getitem__, numbers), strict=True):
+                    if image.nbytes != sizes[i]:
+                        raise UserError(f"{source}/{folder.names[i]} has changed: pack again")
+                    file.write(image.astype(f"<u{image.itemsize}"))
+            file.write(index + len(index).to_bytes(8, "little") + PackedImages.MAGIC)
+        partial_path.replace(target)
+    finally:  # after an error or Ctrl-C
+        partial_path.unlink(missing_ok=True)
 
 
 class SyntheticImages:
     """Dead leaves: images[number] is (size, size, in_chans) uint8, a function of (seed, number).
 
     After Achddou et al., "Synthetic images as a regularity prior", and VibrantLeaves
-    (arXiv 2504.10201). `keep`: how many of those drawn last stay in memory, 63 MB in each worker.
-    Workers run ahead of each other, so it is more than the pool.
+    (arXiv 2504.10201). `keep`: how many of those drawn last stay in memory: with 256 pixels, 63 MB
+    in each worker. It is more than the pool, because workers run ahead of each other.
     """
 
     POOL = 256  # images that samples are drawn from at a time
@@ -1319,7 +1337,8 @@ class SyntheticImages:
 
     def __getitem__(self, number: int) -> np.ndarray:
         if self.drawn is None:
-            # All of the memory at once, so that it doesn't grow while training.
+            # Ones, because the system gives memory for zeros only when they are written: so the
+            # process doesn't grow while training.
             self.drawn = np.full((len(self.numbers), self.size, self.size, 3), 1, np.uint8)
         slot = number % len(self.numbers)
         if self.numbers[slot] != number:
@@ -1381,7 +1400,7 @@ def paint_leaf(
 ) -> None:
     """A polygon, an ellipse or a hair, by ten random numbers `shape`, over `image` in place."""
     size = len(image)
-    y, x, turn, kind, *u = shape
+    y, x, turn, kind, bend, flat, which, ragged, contrast, slope = shape
     y, x = y * size, x * size
     rows = slice(max(int(y - radius - 2), 0), int(y + radius + 3))
     columns = slice(max(int(x - radius - 2), 0), int(x + radius + 3))
@@ -1393,22 +1412,23 @@ def paint_leaf(
 
     is_hair = kind >= 0.7
     if is_hair:
-        across -= (u[0] - 0.5) * (along * along / radius - radius / 3)  # bent
-    flatness = 0.3 + 0.7 * u[1]
+        across -= (bend - 0.5) * (along * along / radius - radius / 3)
+    flatness = 0.3 + 0.7 * flat
     if is_hair:
-        flatness = max(0.4 / radius, -0.08 * math.log(1 - u[1]))
+        flatness = max(0.4 / radius, -0.08 * math.log(1 - flat))  # exponential, of mean 0.08
     # Distance from the outline in pixels, below 0 inside.
     outside = (np.hypot(along, across / flatness) - radius) * flatness
     if kind < 0.35:  # cut straight sides: a polygon
-        for angle in rng.uniform(0, 2 * math.pi, 3 + int(4 * u[0])).tolist():
+        for angle in rng.uniform(0, 2 * math.pi, 3 + int(4 * bend)).tolist():
             reach = radius * (0.3 + 0.5 * math.cos(angle) ** 2)
             side = math.cos(angle) * along + math.sin(angle) * across - reach
             outside = np.maximum(outside, side)
-    texture = noise[int(3 * u[2])]
-    if u[3] < 0.5:  # a ragged outline
-        outside += 0.3 * radius * u[3] * texture[rows, columns]
+    texture = noise[int(3 * which)]
+    if ragged < 0.5:  # half of the outlines are, by as much as the number says
+        outside += 0.3 * radius * ragged * texture[rows, columns]
     # Transposed, the texture of the surface is independent of that of the outline.
-    light = 1 + (u[5] - 0.5) / size * along - 0.08 * math.log(1 - u[4]) * texture.T[rows, columns]
+    strength = -0.08 * math.log(1 - contrast)  # exponential, of mean 0.08
+    light = 1 + (slope - 0.5) / size * along + strength * texture.T[rows, columns]
     cover = 1.0
     if radius < 2 * size:  # the ground covers all
         cover = (0.5 - outside / softness).clip(0, 1)[..., None]
@@ -1436,9 +1456,9 @@ def sample_rng(
 
 
 class Pair(NamedTuple):
-    gt: Any  # a source
+    gt: "Source | SyntheticImages"
     gt_index: int
-    lq: Any | None  # None: made by the degradation
+    lq: Source | None  # None: made by the degradation
     lq_index: int
     height: int  # LQ pixels that are used, aligned top left as in BasicSR
     width: int
@@ -1446,7 +1466,7 @@ class Pair(NamedTuple):
 
 class Pairs(NamedTuple):
     groups: list[list[Pair]]  # a list for each root of dataroot_gt
-    sources: list[Any]
+    sources: list[Source]
     damaged: list[str]  # a sentence for each file that can't be read, which is in no pair
     problems: list[str]  # all others
     notices: list[str]
@@ -1488,7 +1508,7 @@ def open_pairs(
         else:
             group = []
             for i, (height, width, _) in enumerate(gt.shapes):
-                if listed is not None and gt.names[i] not in listed:
+                if not is_listed(gt.names[i], listed):
                     continue
                 if min(height, width) < scale:
                     problems.append(f"{gt.root}/{gt.names[i]}: smaller than {scale=}: remove it")
@@ -1499,23 +1519,30 @@ def open_pairs(
     return Pairs(groups, gts + lqs, damaged, problems, notices)
 
 
-def damaged_files(gts: list[Any], lqs: list[Any], listed: set[str] | None) -> list[str]:
+def damaged_files(gts: list[Source], lqs: list[Source], listed: set[str] | None) -> list[str]:
     """Without those GT files that aren't listed. (The list doesn't name LQ files.)"""
     sentences = []
     for source in gts + lqs:
         for name, sentence in source.problems:
-            if listed is None or name in listed or source in lqs:
+            if source in lqs or is_listed(name, listed):
                 sentences.append(sentence)
     return sentences
 
 
 def missing_files(
-    gts: list[Any], listed: set[str] | None, meta_info_file: str | Path | None
+    gts: list[Source], listed: set[str] | None, meta_info_file: str | Path | None
 ) -> list[str]:
     if listed is None:
         return []
-    found = {name for gt in gts for name in [*gt.names, *(bad for bad, _ in gt.problems)]}
+    found = set()
+    for gt in gts:
+        found.update(same_letters(name) for name in gt.names)
+        found.update(same_letters(name) for name, _ in gt.problems)
     return [f"{meta_info_file}: {name} is missing" for name in sorted(listed - found)]
+
+
+def is_listed(name: str, listed: set[str] | None) -> bool:
+    return listed is None or same_letters(name) in listed
 
 
 def split_roots(roots: Any) -> list[str]:
@@ -1539,7 +1566,7 @@ def split_at_commas(text: str) -> list[str]:
     return parts
 
 
-def open_source(root: str, cache_gb: float, whole: bool) -> Any:
+def open_source(root: str, cache_gb: float, whole: bool) -> Source:
     return PackedImages(root) if Path(root).is_file() else ImageFolder(root, cache_gb, whole)
 
 
@@ -1551,7 +1578,7 @@ def read_list(path: str | Path) -> set[str]:
         if line.endswith(")"):
             line = line.rsplit(" (", 1)[0].strip()
         if line:
-            names.add(line)
+            names.add(same_letters(line))
     if not names:
         raise UserError(f"{path} lists no image")
     return names
@@ -1564,25 +1591,33 @@ def read_text(path: str | Path) -> str:
     try:
         return content.decode("utf-16" if utf16 else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not in UTF-8 ({error.reason}): save it so") from None
+        raise UserError(f"{path} is not in UTF-8 ({error.reason}): save it as UTF-8") from None
 
 
 def match(
-    gt: Any, lq: Any, scale: int, filename_tmpl: str, listed: set[str] | None, problems: list[str]
+    gt: Source,
+    lq: Source,
+    scale: int,
+    filename_tmpl: str,
+    listed: set[str] | None,
+    problems: list[str],
 ) -> list[Pair]:
     """Pairs of one root. Appends a sentence to `problems` for what has no partner or another size.
 
-    The partner of a.jpg is a.jpg, or else a file that is called a, or else a with any suffix. Each
-    LQ image is used once. A damaged file and its partner are in no pair, and no problem here.
+    The partner of a.jpg is, with filename_tmpl="{}x4", the first that exists of a file called
+    ax4.jpg, one called ax4, and one called ax4 with any suffix. Each LQ image is used once. A
+    damaged file and its partner are in no pair, and no problem here.
     """
-    names = [*lq.names, *(name for name, _ in lq.problems)]  # those after len(lq.names): damaged
+    # Damaged files come last: their numbers have no shapes.
+    gt_names = [*gt.names, *(name for name, _ in gt.problems)]
+    names = [*lq.names, *(name for name, _ in lq.problems)]
     by_name = {same_letters(name): j for j, name in enumerate(names)}
     by_stem = {os.path.splitext(name)[0]: j for name, j in by_name.items()}
     free = set(range(len(names)))
     folders = set()  # of LQ images, that hold partners
     group = []
-    for i, name in enumerate([*gt.names, *(name for name, _ in gt.problems)]):
-        if listed is not None and name not in listed:
+    for i, name in enumerate(gt_names):
+        if not is_listed(name, listed):
             continue
         path = Path(name)
         partner = path.parent / filename_tmpl.replace("{}", path.stem)
@@ -1595,12 +1630,12 @@ def match(
                 problems.append(f"{gt.root}/{name}: {place}")
             continue
         free.remove(j)
-        if i >= len(gt.names) or j >= len(lq.names):
+        if i >= len(gt.names) or j >= len(lq.names):  # damaged
             continue
         height, width, _ = gt.shapes[i]
         lq_height, lq_width = lq.shapes[j][:2]
-        off = max(abs(lq_height * scale - height), abs(lq_width * scale - width))  # then refused
-        if off >= scale:
+        surplus = max(abs(lq_height * scale - height), abs(lq_width * scale - width))
+        if surplus >= scale or min(height, width) < scale:
             wanted = f"{width // scale}x{height // scale}"
             sizes = f"{lq_width}x{lq_height} pixels, not {wanted}, for {scale=}"
             problems.append(f"{lq.root}/{lq.names[j]} and {gt.root}/{name} do not match: {sizes}")
@@ -1636,9 +1671,9 @@ def raise_problems(problems: list[str], roots: list[Any], options: dict[str, Any
 def name_small(groups: list[list[Pair]], scale: int, gt_size: int) -> list[str]:
     """A notice about images that are smaller than the patch."""
     small = []
-    for pair in (pair for group in groups for pair in group):
+    for pair in all_pairs(groups):
         if min(pair.height, pair.width) * scale < gt_size:
-            small.append(f"{pair.gt.root}/{pair.gt.names[pair.gt_index]}")
+            small.append(f"{pair.gt.root}/{name_of(pair)}")
     if not small:
         return []
     names = ", ".join(small[:3])
@@ -1657,13 +1692,13 @@ def name_few(groups: list[list[Pair]]) -> list[str]:
     if not groups or amount >= FEW_MEGAPIXELS:
         return []
     advice = "add images, or fine-tune trained weights with --pretrain_network"
-    return [f"{amount:.2g} megapixels are few, and may be learned by heart: {advice}"]
+    return [f"{amount:.2g} megapixels are few, and the network may memorise them: {advice}"]
 
 
 def megapixels(groups: list[list[Pair]]) -> float:
     """Of the ground truth."""
     pixels = 0
-    for pair in (pair for group in groups for pair in group):
+    for pair in all_pairs(groups):
         height, width, _ = pair.gt.shapes[pair.gt_index]
         pixels += height * width
     return pixels / 1e6
@@ -1671,7 +1706,7 @@ def megapixels(groups: list[list[Pair]]) -> float:
 
 def describe_held_out(names: list[str]) -> str:
     if not names:
-        return "too few images to hold one out: give --val_gt=FOLDER"
+        return "none (fewer than 4 images, or all below gt_size): give --val_gt=FOLDER"
     return f"{len(names)} held out: {', '.join(names)}"
 
 
@@ -1687,14 +1722,29 @@ def split_held_out(
     for group in groups:
         large = [pair for pair in group if min(pair.height, pair.width) * scale >= gt_size]
         count = min(max(len(group) // 10, 1), 8) if len(group) >= 4 else 0
-        chosen = sorted(large, key=lambda pair: zlib.crc32(name_of(pair).encode()))[:count]
+        chosen = sorted(large, key=lambda pair: zlib.crc32(os.fsencode(name_of(pair))))[:count]
         held_out += chosen
         training.append([pair for pair in group if pair not in chosen])
     return training, held_out
 
 
+def too_small(names: list[str], pairs: list[Pair], scale: int, crop_border: int) -> str | None:
+    """A sentence about images that can't be validated: SSIM needs 11 pixels, PSNR-B 16."""
+    small = []
+    for name, pair in zip(names, pairs, strict=True):
+        if min(pair.height, pair.width) * scale < 16 + 2 * crop_border:
+            small.append(name)
+    if not small:
+        return None
+    return f"images below 16 pixels inside {crop_border=}: {', '.join(small[:5])}: remove them"
+
+
 def name_of(pair: Pair) -> str:
     return same_letters(pair.gt.names[pair.gt_index])
+
+
+def all_pairs(groups: list[list[Pair]]) -> list[Pair]:
+    return [pair for group in groups for pair in group]
 
 
 # Datasets
@@ -1759,19 +1809,21 @@ class PairedImageDataset(Dataset):
         names = {"filename_tmpl": filename_tmpl, "meta_info_file": meta_info_file}
         pairs = open_pairs(dataroot_gt, dataroot_lq, scale, **names, cache_gb=cache_gb)
         self.sources = pairs.sources
-        few = len(pairs.damaged) <= self.allowed_damage(len(pairs.damaged))
-        problems = pairs.problems if few else pairs.damaged + pairs.problems
+        self.damaged_at_start = len(pairs.damaged)
+        accepted = self.damaged_at_start <= self.allowed_damage()
+        problems = pairs.problems if accepted else pairs.damaged + pairs.problems
         raise_problems(problems, [dataroot_gt, dataroot_lq], {"scale": scale} | names)
-        if not all(pairs.groups):
-            raise UserError(f"{meta_info_file} lists no image of one of the roots")
+        for root, group in zip(split_roots(dataroot_gt), pairs.groups, strict=True):
+            if not group:
+                reason = f"listed in {meta_info_file}" if meta_info_file else "that can be read"
+                raise UserError(f"{root} has no image {reason}: leave it out of dataroot_gt")
         self.groups = pairs.groups
         self.held_out: list[Pair] = []
         if hold_out:
             self.groups, self.held_out = split_held_out(pairs.groups, scale, gt_size)
-        self.pairs = [pair for group in self.groups for pair in group]
+        self.pairs = all_pairs(self.groups)
         self.notices = pairs.notices + name_small(pairs.groups, scale, gt_size)
         self.notices += [f"left out: {sentence}" for sentence in pairs.damaged]
-        self.damaged_at_start = len(pairs.damaged)
         self.eight_bit = all(depth == 1 for source in pairs.sources for depth in source.depths)
         self.dataset_weights = dataset_weights
         if dataset_weights and (
@@ -1794,13 +1846,13 @@ class PairedImageDataset(Dataset):
             try:
                 return self.sample(number, gt_size)
             except UnreadableImage:
-                if self.count_damaged() > self.allowed_damage(self.damaged_at_start):
+                if self.count_damaged() > self.allowed_damage():
                     raise
             number += 1
 
-    def allowed_damage(self, at_start: int) -> float:
-        """How many damaged images are replaced by the next sample: 1 % of all."""
-        return 0.01 * (at_start + sum(len(source.names) for source in self.sources))
+    def allowed_damage(self) -> float:
+        """How many damaged images the training accepts: 1 % of all."""
+        return 0.01 * (self.damaged_at_start + sum(len(source.names) for source in self.sources))
 
     def count_damaged(self) -> int:
         return self.damaged_at_start + sum(int(source.damaged.sum()) for source in self.sources)
@@ -1808,12 +1860,12 @@ class PairedImageDataset(Dataset):
     def sample(self, number: int, gt_size: int) -> tuple[Tensor, Tensor]:
         size = gt_size // self.scale
         rng = sample_rng(self.seed, number, reuse=self.rng)
-        u = rng.random(7).tolist()
-        pair = self.choose(number, u[0], u[1])
+        u, v, down, across, *flips = rng.random(7).tolist()
+        pair = self.choose(number, u, v)
         # The corner of the crop in LQ pixels; every position is equally likely.
-        top = int(u[2] * max(pair.height - size + 1, 1))
-        left = int(u[3] * max(pair.width - size + 1, 1))
-        symmetry = [x < 0.5 for x in u[4:]]
+        top = int(down * max(pair.height - size + 1, 1))
+        left = int(across * max(pair.width - size + 1, 1))
+        symmetry = [flip < 0.5 for flip in flips]
         if self.degradation:
             lq, gt = self.degraded_crop(pair, top, left, size, rng)
         else:
@@ -1912,8 +1964,8 @@ class ValidationImages(Dataset):
 
     Noise is the reference test noise, np.random.seed(0) before each image; other degradations
     draw from a generator that is fixed by the image's number. All files are decoded once, so that
-    damaged ones are named before the training. Without `val_gt`: the middle 512 pixels of
-    `held_out`, which are pairs of a PairedImageDataset, or else `n` synthetic images.
+    damaged ones are named before the training. With `held_out`, which are pairs of a
+    PairedImageDataset, it takes their middle 512 pixels; with neither, `n` synthetic images.
     """
 
     def __init__(
@@ -1932,7 +1984,7 @@ class ValidationImages(Dataset):
         if val_lq and not val_gt:
             raise UserError("val_lq needs val_gt, the ground truth")
         self.source = f"{val_gt}, {val_lq}"  # figures of equal sources can be compared
-        self.largest = None  # side in LQ pixels
+        self.crop_side = None  # LQ pixels of the middle that is taken; None: the whole image
         self.scale = scale
         self.in_chans = in_chans
         self.degradation = None
@@ -1941,9 +1993,11 @@ class ValidationImages(Dataset):
             options = validation_options(degradation_options)
             self.degradation = bind_degradation(degradation, scale, in_chans, options)
         if held_out:
-            self.largest = 512 // scale
+            self.crop_side = 512 // scale
             self.notices = []
             self.pairs = self.readable(held_out)
+            if not self.pairs:
+                raise UserError(f"{self.notices[0]}: none is left; repair it, or give --val_gt")
             self.names = [name_of(pair) for pair in self.pairs]
             self.source = f"held out: {', '.join(self.names)}"
         elif val_gt is None:
@@ -1957,16 +2011,12 @@ class ValidationImages(Dataset):
             options = {"scale": scale, "filename_tmpl": filename_tmpl}
             raise_problems(pairs.damaged + pairs.problems, [val_gt, val_lq], options)
             self.notices = pairs.notices
-            self.pairs = [pair for group in pairs.groups for pair in group]
-            self.names = [pair.gt.names[pair.gt_index] for pair in self.pairs]
+            self.pairs = all_pairs(pairs.groups)
+            self.names = [name_of(pair) for pair in self.pairs]
         self.alike = differ_in_suffix_only([Path(name) for name in self.names])
-        small = []
-        for name, pair in zip(self.names, self.pairs, strict=True):
-            if min(pair.height, pair.width) * scale < 16 + 2 * crop_border:
-                small.append(name)
+        small = too_small(self.names, self.pairs, scale, crop_border)
         if small:
-            sentence = f"images below 16 pixels inside {crop_border=}: {', '.join(small[:5])}"
-            raise UserError(f"{val_gt or 'synthetic'}: {sentence}")
+            raise UserError(f"{val_gt or 'validation'}: {small}")
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -1987,8 +2037,8 @@ class ValidationImages(Dataset):
     def __getitem__(self, i: int) -> dict[str, Any]:
         pair = self.pairs[i]
         s = self.scale
-        height = min(pair.height, self.largest or pair.height)
-        width = min(pair.width, self.largest or pair.width)
+        height = min(pair.height, self.crop_side or pair.height)
+        width = min(pair.width, self.crop_side or pair.width)
         top, left = (pair.height - height) // 2, (pair.width - width) // 2
         gt = pair.gt[pair.gt_index][top * s : (top + height) * s, left * s : (left + width) * s]
         gt = to_channels(gt, self.in_chans).copy()
@@ -2036,7 +2086,7 @@ def sample_batches(
 def train_loader(
     dataset: Dataset, batches: Any, num_workers: int, pin: bool = False, **options: Any
 ) -> DataLoader:
-    """The batches in their order, without end: workers start once. `pin` if they are for a GPU."""
+    """Loads `batches` in their order. They have no end, so workers start once. `pin`: for a GPU."""
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -2053,7 +2103,7 @@ def leave_signals_to_the_trainer(worker: int) -> None:
     for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    # At SIGTERM it stays for ten minutes, after which SIGALRM ends it, for a trainer that is gone.
+    # On SIGTERM it goes on for ten minutes. Then SIGALRM ends it, in case the trainer is gone.
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(600))
 
 
@@ -2130,8 +2180,8 @@ class Prefetcher:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for batch in self.ready:
-            batch.cancel()
+        for future in self.ready:
+            future.cancel()
         workers = list(getattr(self.batches, "_workers", []))
         if wait(self.ready, timeout=10).not_done:
             # The thread waits for a batch that never comes, until it sees that workers are gone.
@@ -2140,7 +2190,7 @@ class Prefetcher:
                     worker.kill()
                     worker.join()
         self.thread.shutdown()
-        if workers:  # an error's traceback may keep them alive
+        if workers:  # here, because an error's traceback may keep the iterator, and so them, alive
             self.batches._shutdown_workers()
         for worker in workers:
             if worker.is_alive():  # it ignores SIGTERM
@@ -2152,7 +2202,9 @@ class Prefetcher:
 
 def main(arguments: list[str]) -> None:
     command, *rest = arguments or [""]
-    rest = [word for word in rest if Path(word).name not in ("python", "python3", "train.py")]
+    # A training command may be pasted as it is: check python train.py configs/tiny.py ...
+    while rest and Path(rest[0]).name in ("python", "python3", "train.py") and len(rest) > 1:
+        rest = rest[1:]
     options = [word for word in rest if word.startswith("--") or is_config(word)]
     paths = [word for word in rest if word not in options]
     if {"-h", "--help"} & set(arguments):
@@ -2190,14 +2242,22 @@ def check(paths: list[str], options: list[str]) -> None:
         print(f"note: {notice}")
 
     gt_roots, lq_roots = split_roots(cfg.val_gt), split_roots(cfg.val_lq)
+    if lq_roots and len(lq_roots) != len(gt_roots):
+        raise UserError("give one val_lq for each val_gt")
     if not gt_roots and not problems:
         _, held_out = split_held_out(pairs.groups, cfg.scale, cfg.gt_size)
         print(f"validation: {describe_held_out([name_of(pair) for pair in held_out])}")
     for i, root in enumerate(gt_roots):
         if root != "synthetic":
-            lq_root = lq_roots[i] if i < len(lq_roots) else None
+            lq_root = lq_roots[i] if lq_roots else None
             pairs = open_pairs(root, lq_root, cfg.scale, cfg.filename_tmpl, whole=True)
             problems += report_pairs(f"validation {root}", pairs)
+            every = all_pairs(pairs.groups)
+            names = [name_of(pair) for pair in every]
+            small = too_small(names, every, cfg.scale, cfg.crop_border)
+            if small:
+                problems += 1
+                print(f"{root}: {small}")
     if problems:
         sys.exit(f"problems: {problems}")
     print("no problems")
@@ -2205,7 +2265,7 @@ def check(paths: list[str], options: list[str]) -> None:
 
 def report_pairs(title: str, pairs: Pairs) -> int:
     """Prints what was found. Returns the number of problems."""
-    every = [pair for group in pairs.groups for pair in group]
+    every = all_pairs(pairs.groups)
     kind = "pair(s)" if every and every[0].lq else "image(s)"
     print(f"{title}: {len(every):,} {kind}, {megapixels(pairs.groups):,.3g} megapixels")
     for notice in pairs.notices:
@@ -2230,10 +2290,11 @@ def preview(path: Path, options: list[str]) -> None:
     font = ImageFont.load_default(14)
     width, height = side + gap, 2 * side + line + gap
     sheet = Image.new("RGB", (COLUMNS * width - gap, ROWS * height - gap), "white")
-    draw = ImageDraw.Draw(sheet)
+    canvas = ImageDraw.Draw(sheet)
+    letters = side // 8  # that fit above a patch
     for n in range(COLUMNS * ROWS):
         x, y = n % COLUMNS * width, n // COLUMNS * height
-        draw.text((x + 4, y + 1), dataset.name_of_sample(n)[-side // 8 :], "black", font)
+        canvas.text((x + 4, y + 1), dataset.name_of_sample(n)[-letters:], "black", font)
         for i, image in enumerate(dataset[n]):
             sheet.paste(as_picture(image, side), (x, y + line + i * side))
     sheet.save(path)
@@ -2276,7 +2337,7 @@ if __name__ == "__main__":
     escape_unprintable()
     try:
         main(sys.argv[1:])
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError) as error:  # train.py's UserError is that of another data module
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("error: stopped")

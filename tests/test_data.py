@@ -1803,3 +1803,48 @@ def test_an_old_pillow_is_named(tmp_path, monkeypatch):
     for read in (read_image, read_header):
         with pytest.raises(ValueError, match=r"Pillow 10\.4\.0 is too old"):
             read(path)
+
+
+def test_names_that_are_not_utf8_can_be_held_out(tmp_path):
+    names = [*(f"{i}.png" for i in range(4)), os.fsdecode(b"caf\xe9.png")]
+    for i, name in enumerate(names):
+        save(tmp_path / "gt" / name, photo(24, 24, seed=i))
+    dataset = PairedImageDataset(tmp_path / "gt", gt_size=16, hold_out=True)
+    assert len(dataset.held_out) == 1 and len(dataset.pairs) == 4
+
+
+def test_a_list_names_files_in_either_form_of_unicode(tmp_path):
+    for i, name in enumerate(["Mu\u0308ller.png", "other.png"]):
+        save(tmp_path / "gt" / name, photo(24, 24, seed=i))
+    (tmp_path / "list.txt").write_text("M\u00fcller.png\n", encoding="utf-8")
+    dataset = PairedImageDataset(tmp_path / "gt", gt_size=16, meta_info_file=tmp_path / "list.txt")
+    assert len(dataset) == 1
+
+
+def test_a_root_without_a_readable_image_is_named(tmp_path):
+    for i in range(120):
+        save(tmp_path / "a" / f"{i}.png", photo(16, 16, seed=i))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/0.png").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="b has no image that can be read: leave it out"):
+        PairedImageDataset([tmp_path / "a", tmp_path / "b"], gt_size=16)
+
+
+def test_check_refuses_what_validation_would(tmp_path):
+    for i in range(4):
+        save(tmp_path / "gt" / f"{i}.png", photo(32, 32, seed=i))
+    save(tmp_path / "val" / "0.png", photo(20, 20))
+    command = [sys.executable, str(ROOT / "data.py"), "check", str(tmp_path / "gt")]
+    command += ["--gt_size=16", "--window_size=8", f"--val_gt={tmp_path / 'val'}"]
+    done = subprocess.run([*command, "--crop_border=4"], capture_output=True, text=True)
+    assert done.returncode == 1 and "below 16 pixels inside crop_border=4: 0.png" in done.stdout
+    done = subprocess.run([*command, "--val_lq=a,b"], capture_output=True, text=True)
+    assert done.returncode == 1 and "give one val_lq for each val_gt" in done.stderr
+
+
+def test_pack_removes_its_partial_file_after_an_error(tmp_path, monkeypatch):
+    save(tmp_path / "gt" / "0.png", photo(16, 16))
+    monkeypatch.setattr(ImageFolder, "__getitem__", lambda self, i: photo(8, 8))
+    with pytest.raises(ValueError, match="has changed"):
+        data.pack(tmp_path / "gt", tmp_path / "gt.npy")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gt"]
