@@ -319,7 +319,7 @@ def describe_error(error: Exception) -> str:
     if isinstance(error, PIL.UnidentifiedImageError):
         return "damaged, or of an unknown format or layout: save it as a plain PNG"
     if isinstance(error, OSError) and error.errno:  # of the file system
-        return f"{error.strerror}: see to the file, the drive or the network"
+        return f"{error.strerror}: check the file, the drive or the network"
     return f"{error!r}: repair or remove it"
 
 
@@ -2016,7 +2016,8 @@ class ValidationImages(Dataset):
         self.alike = differ_in_suffix_only([Path(name) for name in self.names])
         small = too_small(self.names, self.pairs, scale, crop_border)
         if small:
-            raise UserError(f"{val_gt or 'validation'}: {small}")
+            where = val_gt or ("held out" if held_out else "synthetic")
+            raise UserError(f"{where}: {small}")
 
     def __len__(self) -> int:
         return len(self.pairs)

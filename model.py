@@ -28,7 +28,7 @@ import time
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from math import isqrt
 from pathlib import Path
@@ -109,22 +109,25 @@ class SwinIR(nn.Module):
         check_arguments(embed_dim, depths, num_heads, upscale, upsampler, resi_connection)
         if attention not in ATTENTION:
             raise UserError(f"attention {attention!r} is unknown; there are {', '.join(ATTENTION)}")
-        self.arguments = arguments  # this, and what follows, is asked for by NETWORKS' comment
-        self.in_chans = in_chans
-        self.factor = upscale if upsampler else 1
-        self.floats_per_pixel = inference_floats(
-            in_chans, embed_dim, window_size, upscale, upsampler
-        )
+        # The window and the shift depend on img_size, as in the authors' network, not on the image
+        # that `forward` gets.
+        height, width = training_size(img_size, patch_size)
+        self.window = min(window_size, height, width)
+        self.shift = self.window // 2 if min(height, width) > window_size else 0
         self.img_range = img_range
         self.upsampler = upsampler
         self.register_buffer("mean", mean_colour(in_chans), persistent=False)
 
-        # By img_size, as in the authors' network, whatever image `forward` gets.
-        height, width = training_size(img_size, patch_size)
-        self.window = min(window_size, height, width)
-        self.shift = self.window // 2 if min(height, width) > window_size else 0
+        # What others ask of a network: see NETWORKS.
+        self.arguments = arguments
+        self.in_chans = in_chans
+        self.factor = upscale if upsampler else 1
         self.multiple = self.window
+        self.floats_per_pixel = inference_floats(
+            in_chans, embed_dim, window_size, self.factor, upsampler
+        )
         self.training_floats_per_pixel = training_floats(embed_dim, depths, num_heads, self.window)
+
         mask = official_attn_mask(height, width, self.window, self.shift)
 
         # 1. Shallow features
@@ -334,8 +337,8 @@ class SwinBlock(nn.Module):
         return window_reverse(x, self.window, H, W)
 
     def transform_in_parts(self, x: Tensor, regions: Tensor | None) -> Tensor:
-        """The same, one square of the image at a time: this needs a third of the memory, and on a
-        CPU it is quicker, as a square fits into its cache."""
+        """The same without gradients, one square of the image at a time: this needs a third of the
+        memory, and on a CPU it is quicker, because a square fits into its cache."""
         H, W = x.shape[1:3]
         side = 64 if x.device.type == "cpu" else 256
         side = max(side // self.window, 1) * self.window
@@ -363,7 +366,7 @@ class WindowAttention(nn.Module):
         attention: str,
     ) -> None:
         super().__init__()
-        self.attention, self.multiple_of_d = ATTENTION[attention]
+        self.attention, self.head_multiple = ATTENTION[attention]
         self.heads = heads
         self.scale = qk_scale or (dim // heads) ** -0.5
         table = torch.empty((2 * window - 1) ** 2, heads)
@@ -377,25 +380,25 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor, regions: Tensor | None) -> Tensor:  # (B, n, N, C)
         B, n, N, C = x.shape
-        zeros = -(C // self.heads) % self.multiple_of_d
-        if zeros:
-            return self.forward_padded(x, regions, zeros)
+        extra = -(C // self.heads) % self.head_multiple  # channels that each head lacks
+        if extra:
+            return self.forward_padded(x, regions, extra)
         qkv = self.qkv(x).view(B, n, N, 3, self.heads, -1)
         x = self.attend(qkv, regions)  # (B, n, N, h, d)
         return self.proj_drop(self.proj(x.reshape(B, n, N, C)))
 
-    def forward_padded(self, x: Tensor, regions: Tensor | None, zeros: int) -> Tensor:
-        """The same, with zeros behind the channels of each head. They come from the weights, as to
-        pad activations takes another pass through memory."""
+    def forward_padded(self, x: Tensor, regions: Tensor | None, extra: int) -> Tensor:
+        """The same, with `extra` zeros behind the channels of each head. The weights are padded,
+        because padding the activations would take another pass through memory."""
         B, n, N, C = x.shape
-        weight = F.pad(self.qkv.weight.view(3 * self.heads, -1, C), (0, 0, 0, zeros))
+        weight = F.pad(self.qkv.weight.view(3 * self.heads, -1, C), (0, 0, 0, extra))
         bias = self.qkv.bias
         if bias is not None:
-            bias = F.pad(bias.view(3 * self.heads, -1), (0, zeros)).flatten()
-        proj = F.pad(self.proj.weight.view(C, self.heads, -1), (0, zeros)).flatten(1)
+            bias = F.pad(bias.view(3 * self.heads, -1), (0, extra)).flatten()
+        proj = F.pad(self.proj.weight.view(C, self.heads, -1), (0, extra)).flatten(1)
 
         qkv = F.linear(x, weight.flatten(0, 1), bias).view(B, n, N, 3, self.heads, -1)
-        x = self.attend(qkv, regions)  # (B, n, N, h, d + zeros)
+        x = self.attend(qkv, regions)  # (B, n, N, h, d + extra)
         return self.proj_drop(F.linear(x.flatten(3), proj, self.proj.bias))
 
     def attend(self, qkv: Tensor, regions: Tensor | None) -> Tensor:
@@ -426,7 +429,7 @@ def window_attention(
     d = q.shape[-1]
     if d % 4 and q.dtype == torch.float32:
         # Zeros up to a multiple of 4 channels: products of float32 matrices are up to twice as
-        # fast on a CPU. SwinIR-M has d = 30, SwinIR-S 10.
+        # fast on a CPU. SwinIR-M has d = 30, SwinIR-S 10. (bfloat16 gains nothing by it.)
         q, k, v = (F.pad(t, (0, -d % 4)) for t in (q, k, v))
     scores = q @ k.transpose(-2, -1)  # (B, n, h, N, N)
     scores += bias.to(scores.dtype)
@@ -445,9 +448,10 @@ def window_attention(
 def sdpa_window_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, regions: Tensor | None, dropout: float = 0.0
 ) -> Tensor:
-    """window_attention by PyTorch's fused attention, which keeps no (N, N) matrix for backward.
+    """window_attention by PyTorch's fused attention. On a GPU it keeps no scores for the backward
+    pass, only the mask of shifted blocks, which all images share.
 
-    On a CPU it takes 1.2 to 2 times as long. On a GPU it was not measured.
+    On a CPU it takes 1.2 to 2 times as long. On a GPU its time was not measured.
     """
     shape = q.shape
     if regions is None:
@@ -458,15 +462,15 @@ def sdpa_window_attention(
         apart = regions[:, None, :, None] != regions[:, None, None, :]  # (n, 1, N, N)
         mask = (bias - 200.0 * apart).flatten(0, 1)[None]  # (1, n * h, N, N)
         q, k, v = (t.flatten(1, 2) for t in (q, k, v))  # (B, n * h, N, d)
-    # A mask that needs a gradient rules out PyTorch's other kernels. cuDNN's is left out, as it
-    # misreads masks of another type.
+    # The bias in the mask needs a gradient, which rules out FlashAttention and cuDNN's kernel.
     kernels = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(kernels):
         x = F.scaled_dot_product_attention(q, k, v, mask.to(q.dtype), dropout, scale=1.0)
     return x.view(shape)
 
 
-# name -> (function, divisor of the channels d that it asks for; other heads get zeros)
+# name -> (function, head_multiple). Heads whose number of channels d is not a multiple of it are
+# padded with zeros.
 ATTENTION = {"math": (window_attention, 1), "sdpa": (sdpa_window_attention, 8)}
 
 
@@ -518,7 +522,7 @@ def window_regions(H: int, W: int, shift: int, device: Any = "cpu") -> Tensor:  
     """Labels of a rolled image. Tokens of a window attend to each other if their labels are equal.
 
     The roll puts the first `shift` rows of the image below its last ones, and the first columns
-    right of its last ones. They are no neighbours there, so they get other labels.
+    right of its last ones. Across that seam, pixels are not neighbours, so labels differ.
     """
     rows = torch.arange(H, device=device) >= H - shift
     columns = torch.arange(W, device=device) >= W - shift
@@ -553,8 +557,8 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
         if size % multiple == 0:
             continue
         padded = size + -size % multiple
-        # The period of an image that is reflected to and fro; 1 for a single pixel. The ONNX export
-        # would keep max(..., 1) as the number that it was for its example.
+        # The period of an image that is reflected back and forth; 1 for a single pixel, where
+        # 1 // size is 1. (max(..., 1) would become a constant in an exported ONNX graph.)
         period = 2 * size - 2 + 1 // size
         index = torch.arange(padded, device=x.device) % period
         x = x.index_select(dim, torch.minimum(index, period - index))
@@ -638,7 +642,7 @@ def mean_colour(in_chans: int) -> Tensor:  # (1, in_chans, 1, 1)
 
 def plain_values(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments that are saved: with lists for tuples, as in JSON files. norm_layer can't be
-    saved, init_std no longer matters, and attention is a matter of the machine."""
+    saved, init_std no longer matters, and attention depends on the machine."""
     plain = {}
     for name, value in arguments.items():
         if name not in ("self", "__class__", "norm_layer", "init_std", "attention"):
@@ -654,13 +658,14 @@ def training_size(img_size: int | tuple[int, int], patch_size: int) -> tuple[int
 
 
 def inference_floats(
-    in_chans: int, embed_dim: int, window_size: int, upscale: int, upsampler: str
+    in_chans: int, embed_dim: int, window_size: int, factor: int, upsampler: str
 ) -> int:
-    """How many floats an inference holds per input pixel, as measured with tests/bench.py."""
+    """How many floats an inference holds per input pixel. The coefficients were fitted to what
+    tests/bench.py measured: of the features, the scores, and a constant."""
     head = 2 * in_chans  # channels at the size of the output
     if upsampler in ("pixelshuffle", "nearest+conv"):
         head = 3 * 64
-    return 5 * embed_dim + 4 * window_size**2 + 64 + head * upscale**2
+    return 5 * embed_dim + 4 * window_size**2 + 64 + head * factor**2
 
 
 def training_floats(embed_dim: int, depths: Any, num_heads: Any, window: int) -> float:
@@ -697,8 +702,9 @@ def keep_own_buffers(net: nn.Module, state_dict: dict[str, Tensor], prefix: str,
 #                     bfloat16, by which train.py chooses micro-batches
 #   layers            optional: modules that are alike, for torch.compile to compile once for all
 #   forward           (B, in_chans, H, W) of any size, in [0, 1], to (B, in_chans, H * factor, ...)
-# train.py passes those of its options NETWORK_OPTIONS that the constructor takes, its scale as
-# `upscale`, and the side of the input patch as `img_size`.
+# Names of its parameters don't begin with "module.", which would be taken for DataParallel's.
+# train.py passes those of its options that the constructor names, its scale as `upscale`, and the
+# side of the input patch as `img_size`.
 NETWORKS = {"swinir": SwinIR}
 
 
@@ -747,12 +753,14 @@ DISCRIMINATORS = {"unet": UNetDiscriminator}
 
 # Checkpoints
 
-# What wrappers put into the keys: DataParallel and AveragedModel, torch.compile, FSDP
+# What wrappers put into the keys: DataParallel and AveragedModel only around the whole network, as
+# in module.conv_first.weight; torch.compile and FSDP also around parts, as in
+# layers.0._orig_mod.norm.weight.
 WRAPPERS = re.compile(
     r"^((module|_orig_mod)\.)+|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
 COUNTERS = ("n_averaged",)  # AveragedModel counts its updates among the weights
-ANCHOR = "conv_first.weight"  # a key that every SwinIR has: what stands before it is a prefix
+ANCHOR = "conv_first.weight"  # a key that every SwinIR has: what precedes it is a prefix
 # Under which keys programs save the weights, best first
 USUAL_KEYS = ("params_ema", "params-ema", "params", "state_dict", "model_state_dict")
 
@@ -761,16 +769,17 @@ def load(path: str | Path, param_key: str = "params_ema", device: Any = "cpu") -
     """The network in a checkpoint of ours, the authors, BasicSR or KAIR, in eval mode.
 
     Args:
-        path: A file that torch.save wrote, or a safetensors file; or the folder of a run, whose
-            best network it is.
-        param_key: Which weights: a key of the file, or what stands before their keys, as
-            "net_g_ema" in net_g_ema.conv_first.weight. The default takes what there is if the file
-            names its weights in another way.
+        path: A file that torch.save wrote, or a safetensors file; or the folder of a run, to load
+            its best network.
+        param_key: Which weights: a key of the file, or what precedes their keys, as "net_g_ema" in
+            net_g_ema.conv_first.weight. The default takes what there is if the file names its
+            weights in another way.
 
-    Arguments that the tensors' shapes do not tell are the file's own, or else the usual ones.
+    SwinIR's arguments follow from the tensors' shapes as far as these tell. Others are those that
+    the file states, or else the usual ones.
     Raises UserError, with the path, if the file holds no network that is known here.
     """
-    path = find_network(Path(path))
+    path = find_network(Path(path).expanduser())
     weights, about = read_weights(path, param_key)
     name, stated = about["network"], about["arguments"]
     if name not in NETWORKS:
@@ -802,7 +811,7 @@ def load_weights(
     for key, value in net.state_dict().items():
         if not key.endswith(BUFFERS):
             own[key] = value
-    weights, about = read_weights(path, param_key, own)
+    weights, about = read_weights(path, param_key, may_have_prefix=ANCHOR in own)
     taken = {}
     for key, value in weights.items():
         if key in own and value.shape == own[key].shape:
@@ -814,21 +823,23 @@ def load_weights(
         if value != net.arguments.get(key):
             differences += f"; its {one_line(key)} is {value!r}"
 
-    if not taken or (strict and left):
+    if not taken:
+        raise UserError(f"{path}: none of its tensors fits: {names}{differences}")
+    if strict and left:
         advice = f"strict_load=False takes {len(taken)} of {len(own)}"
-        raise UserError(f"{path}: unfit: {names}; {advice}{differences}")
+        raise UserError(f"{path}: these tensors do not fit: {names}; {advice}{differences}")
     net.load_state_dict(taken, strict=False)
     sentence = f"{path}: {len(taken)} of {len(own)} tensors taken"
     if left:
-        sentence += f"; left: {names}"
+        sentence += f"; not taken: {names}"
     return sentence + differences
 
 
 def read_weights(
-    path: str | Path, param_key: str, own: Collection[str] = (ANCHOR,)
+    path: str | Path, param_key: str, may_have_prefix: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(state dict under plain keys, what the file says about it). Runs no code of the file. Raises
-    UserError. `own` are the keys of the network that the weights are for."""
+    UserError. `may_have_prefix`: whether to remove what precedes SwinIR's keys."""
     about = {"network": "swinir", "arguments": {}, "iter": 0, "metadata": {}}
     try:
         file = read_file(Path(path).expanduser())
@@ -836,7 +847,7 @@ def read_weights(
             if isinstance(file.get(key), type(usual)):
                 about[key] = file[key]
         weights = unwrap(file, param_key)
-        if ANCHOR in own and about["network"] == "swinir":
+        if may_have_prefix and about["network"] == "swinir":
             weights = without_prefix(weights)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
@@ -970,10 +981,11 @@ def one_line(message: Any) -> str:
 
 
 def unwrap(file: dict[str, Any], param_key: str) -> dict[str, Tensor]:
-    """The state dict that `param_key` names: a dict in the file, or what stands before the keys.
+    """The state dict that `param_key` names.
 
-    "params_ema" also stands for the usual names, for the only dict of tensors, and for the file
-    itself; "params" for the file itself.
+    It is a dict of that name in the file, or else the tensors whose keys begin with that name. If
+    there is neither, "params_ema", which is the default, stands for the first of USUAL_KEYS, for
+    the only dict of tensors, or for the file itself; "params" stands for the file itself.
     """
     found = {}
     for key, value in file.items():
@@ -983,22 +995,21 @@ def unwrap(file: dict[str, Any], param_key: str) -> dict[str, Tensor]:
         return found[param_key]
 
     bare = tensors_in(file)
-    # Where param_key may be a prefix of the keys; else what "params_ema" falls back to
     usual = [found[key] for key in USUAL_KEYS if key in found]
+    fallback = bare
     if usual:
-        state_dict = usual[0]
-    elif bare or len(found) != 1:
-        state_dict = bare
-    else:
-        (state_dict,) = found.values()
-    below = tensors_in(state_dict, param_key + ".")
+        fallback = usual[0]
+    elif len(found) == 1:
+        (only,) = found.values()
+        fallback = max(only, bare, key=len)  # `bare` may be a counter beside the weights
+    below = tensors_in(fallback, param_key + ".")
     if below:
         return below
-    implied = param_key == "params_ema" or (param_key == "params" and state_dict is bare)
-    if state_dict and implied:
-        return state_dict
+    implied = param_key == "params_ema" or (param_key == "params" and fallback is bare)
+    if fallback and implied:
+        return fallback
 
-    names = listed(map(repr, [*found, *prefixes_in(state_dict)]))
+    names = listed(map(repr, [*found, *prefixes_in(fallback)]))
     if "param_groups" in file:
         raise UserError("it is an optimizer's state: give the network's file beside it")
     if not names and not bare:
@@ -1023,8 +1034,8 @@ def tensors_in(content: dict[Any, Any], prefix: str = "") -> dict[str, Tensor]:
 
 
 def without_prefix(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """SwinIR's tensors under its own keys. Others are left out, as the discriminator's beside
-    generator.conv_first.weight."""
+    """SwinIR's tensors under its own keys. Others, such as the discriminator's beside
+    generator.conv_first.weight, are left out."""
     prefixes = prefixes_in(weights)
     if ANCHOR in weights or not prefixes:
         return weights
@@ -1050,7 +1061,8 @@ def listed(names: Iterable[str]) -> str:
 
 
 def swinir_arguments(weights: dict[str, Tensor], stated: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of SwinIR: by the tensors' shapes where these tell, else as `stated`."""
+    """Arguments of SwinIR: by the tensors' shapes where these are certain, else as `stated`, else
+    guessed."""
     embed_dim, in_chans = weights["conv_first.weight"].shape[:2]
     block = "layers.{}.residual_group.blocks.{}."
     depths, num_heads = [], []
@@ -1082,7 +1094,9 @@ def swinir_arguments(weights: dict[str, Tensor], stated: dict[str, Any]) -> dict
         mlp_ratio = (hidden + 0.5) / embed_dim
 
     upsampler = upsampler_of(weights)
-    usual = {
+    # Several values give the same shapes: the window is no larger than img_size, and mlp_ratio is
+    # rounded.
+    guessed = {
         "img_size": img_size,
         "window_size": window,
         "mlp_ratio": mlp_ratio,
@@ -1102,7 +1116,7 @@ def swinir_arguments(weights: dict[str, Tensor], stated: dict[str, Any]) -> dict
         "upscale": upscale_of(weights, upsampler, in_chans),
         "resi_connection": "1conv" if "conv_after_body.weight" in weights else "3conv",
     }
-    return usual | stated | certain
+    return guessed | stated | certain
 
 
 def upsampler_of(weights: dict[str, Tensor]) -> str:
@@ -1132,9 +1146,10 @@ def portable(
 ) -> dict[str, Tensor]:
     """A copy to save: contiguous CPU tensors under plain keys.
 
-    It loads with strict=True in the official class, BasicSR's and spandrel's. The buffers are the
-    same in all blocks: the file holds each once, in types that spandrel's loader accepts. State
-    dicts that are copied with the same dict `shared` share them, too.
+    It loads with strict=True in the official class, BasicSR's and spandrel's, which have all
+    networks but nearest+conv for x2. The buffers are the same in all blocks: the file holds each
+    once, in types that spandrel's loader accepts. State dicts that are copied with the same dict
+    `shared` share them, too.
     """
     copies = {}
     shared = {} if shared is None else shared
@@ -1164,9 +1179,10 @@ def restore(
     """The network's output for an image of any size, in overlapping tiles if it is large.
 
     Args:
-        image: (B, in_chans, H, W), float, in [0, 1], on any device.
+        image: (B, in_chans, H, W), of any float type, in [0, 1], on any device.
         tile: Side of the tiles in input pixels. None, or too large a number: as memory allows.
-        overlap: Input pixels that neighbouring tiles share; they are blended there.
+        overlap: Input pixels that neighbouring tiles share, to blend them: at most half a tile,
+            rounded down to whole windows.
         ensemble: Mean of the outputs for the eight symmetries: eight times as slow.
 
     Returns: (B, in_chans, H * factor, W * factor) on the image's device, not clipped.
@@ -1218,21 +1234,30 @@ def restore_tiles(net: nn.Module, image: Tensor, size: int, overlap: int, ensemb
     """Rows of tiles, then the tiles of each row."""
     overlap = max(min(overlap, size // 2), 0) // net.multiple * net.multiple
 
+    def restore_tile(tile: Tensor) -> Tensor:
+        return run_network(net, tile, ensemble)
+
     def restore_row(row: Tensor) -> Tensor:
-        return in_pieces(lambda x: run_network(net, x, ensemble), row, 3, size, overlap, net.factor)
+        return in_pieces(restore_tile, row, 3, size, overlap, net.factor)
 
     return in_pieces(restore_row, image, 2, size, overlap, net.factor)
 
 
-def in_pieces(f: Any, x: Tensor, dim: int, size: int, overlap: int, factor: int) -> Tensor:
-    """f(x), `factor` times as large, computed piece by piece along `dim`."""
+def in_pieces(
+    restore_piece: Callable[[Tensor], Tensor],
+    x: Tensor,
+    dim: int,
+    size: int,
+    overlap: int,
+    factor: int,
+) -> Tensor:
+    """restore_piece(x), `factor` times as large, computed piece by piece along `dim`."""
     B, C, H, W = x.shape
     out = x.new_empty(B, C, H * factor, W * factor)
     # Each piece fades in over the overlap. The 8th power makes it steep in the middle: there, both
-    # pieces are far from their own edges, where they lack what lies beyond.
-    t = (torch.arange(overlap * factor, device=x.device, dtype=x.dtype) + 0.5) / max(
-        overlap * factor, 1
-    )
+    # pieces are far from their edges, where context is missing.
+    shared = overlap * factor
+    t = (torch.arange(shared, device=x.device, dtype=x.dtype) + 0.5) / max(shared, 1)
     fade = t**8 / (t**8 + (1 - t) ** 8)
     fade = fade.view(-1, 1) if dim == 2 else fade
 
@@ -1241,9 +1266,8 @@ def in_pieces(f: Any, x: Tensor, dim: int, size: int, overlap: int, factor: int)
     hidden = True if len(starts) == 1 else None  # None: shown in a terminal
     for start in tqdm(starts, unit=unit, leave=False, delay=3, disable=hidden):
         length = min(size, x.shape[dim] - start)
-        piece = f(x.narrow(dim, start, length))
+        piece = restore_piece(x.narrow(dim, start, length))
         if start > 0:
-            shared = overlap * factor
             before = out.narrow(dim, start * factor, shared)
             piece.narrow(dim, 0, shared).copy_(before.lerp(piece.narrow(dim, 0, shared), fade))
         out.narrow(dim, start * factor, length * factor).copy_(piece)
@@ -1252,14 +1276,14 @@ def in_pieces(f: Any, x: Tensor, dim: int, size: int, overlap: int, factor: int)
 
 def run_network(net: nn.Module, x: Tensor, ensemble: bool) -> Tensor:
     """The network's output, on the device and in the type of `x`."""
-    device = next(net.parameters()).device
+    weight = next(net.parameters())
     if not ensemble:
-        return net(x.to(device)).to(x)
+        return net(x.to(weight)).to(x)
     total = torch.zeros((), device=x.device, dtype=x.dtype)
     for flip in (False, True):
         for turns in range(4):
             turned = x.flip(3) if flip else x
-            y = net(turned.rot90(turns, (2, 3)).to(device)).to(x).rot90(-turns, (2, 3))
+            y = net(turned.rot90(turns, (2, 3)).to(weight)).to(x).rot90(-turns, (2, 3))
             total = total + (y.flip(3) if flip else y)
     return total / 8
 
@@ -1291,7 +1315,7 @@ def restore_pixels(
         alpha = F.interpolate(alpha, output.shape[2:], mode="bicubic")
         output = torch.cat([output, alpha], 1)
     if not output.isfinite().all():
-        raise UserError("the network's output isn't finite: its weights are spoilt")
+        raise UserError("the network's output isn't finite: its weights may contain NaN")
     output = output.clamp(0, 1).mul(peak).round()
     return output[0].permute(1, 2, 0).numpy().astype(pixels.dtype)
 
@@ -1396,7 +1420,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield part
         part.replace(path)
     except OSError as error:
-        advice = "see to the disk and the permissions"
+        advice = "check the disk and the permissions"
         raise UserError(f"{path} can't be written ({error.strerror or error}): {advice}") from error
     finally:
         with contextlib.suppress(OSError):  # such as a folder that is a file
@@ -1406,7 +1430,8 @@ def whole_file(path: Path) -> Iterator[Path]:
 def export_safetensors(net: nn.Module, path: Path, metadata: dict[str, str] | None = None) -> str:
     """Writes the weights under plain keys; returns a sentence about them.
 
-    Raises UserError, and writes nothing, if `load` returns another network. Needs safetensors.
+    net: On the CPU or a GPU, in float32. Raises UserError, and writes nothing, if `load` returns
+    another network. Needs safetensors.
     """
     from safetensors.torch import save
 
@@ -1430,7 +1455,8 @@ def export_safetensors(net: nn.Module, path: Path, metadata: dict[str, str] | No
 def export_onnx(net: nn.Module, path: Path, metadata: dict[str, str] | None = None) -> str:
     """Writes opset 18 with dynamic batch, height and width; returns how it compares with PyTorch.
 
-    Raises UserError, and writes nothing, if the two differ. Needs onnx and onnxruntime.
+    net: On the CPU, in float32. Raises UserError, and writes nothing, if the two differ. Needs onnx
+    and onnxruntime.
     """
     multiple = net.multiple
     sizes = [  # batch, height, width
@@ -1448,7 +1474,8 @@ def export_onnx(net: nn.Module, path: Path, metadata: dict[str, str] | None = No
                 sentence = f"not written, because ONNX and PyTorch differ by {worst:.1e}"
                 raise UserError(f"{path}: {sentence}")
     except Exception as error:
-        if isinstance(error.__cause__, ImportError):  # older versions of torch hide it
+        # For a missing package, older versions of torch raise an error of their own.
+        if isinstance(error.__cause__, ImportError):
             raise error.__cause__ from None
         raise
     return f"opset 18, any size, within {worst:.1e} of PyTorch at {len(sizes)} sizes"
@@ -1458,7 +1485,8 @@ def trace_onnx(net: nn.Module, path: Path, metadata: dict[str, str]) -> None:
     import onnx
 
     sides = {0: "batch", 2: "height", 3: "width"}
-    example = torch.rand(1, net.in_chans, net.multiple + 1, net.multiple + 2)
+    # Sides that are no multiples of the window: otherwise the graph would not pad.
+    example = torch.rand(1, net.in_chans, 2 * net.multiple + 1, 2 * net.multiple + 1)
     with warnings.catch_warnings(), torch.enable_grad():  # with gradients: all windows at once
         warnings.simplefilter("ignore")
         torch.onnx.export(
@@ -1551,15 +1579,19 @@ def openmodeldb_entry(
 
 
 def openmodeldb_size(net: nn.Module) -> list[str]:
-    """As spandrel, from which OpenModelDB takes it, names sizes of SwinIR."""
+    """As spandrel names sizes of SwinIR, from which OpenModelDB takes it."""
     arguments = net.arguments
     size = "medium"
     if len(arguments["depths"]) <= 4:
         size = "small"
     elif len(arguments["depths"]) >= 9:
         size = "large"
-    patch = f"s{arguments['img_size']}w{arguments['window_size']}"
-    return [size, patch, f"{arguments['embed_dim']}dim", arguments["resi_connection"]]
+    side = arguments["img_size"]
+    side = side if isinstance(side, int) else side[0]
+    tags = [size, f"s{side}w{arguments['window_size']}"]
+    if arguments["upsampler"] in ("pixelshuffle", "nearest+conv"):
+        tags.append("64nf")  # channels of the upsampler
+    return [*tags, f"{arguments['embed_dim']}dim", arguments["resi_connection"]]
 
 
 def openmodeldb_resource(path: Path) -> dict[str, Any]:
@@ -1594,10 +1626,10 @@ def main() -> int | str | None:
         torch.set_num_threads(min(free_cores(), torch.get_num_threads()))
     check_device(args.device)
     net = load(path, args.param_key, args.device)
-    missing = [(image, output) for image, output in jobs if args.overwrite or not output.exists()]
-    restored, failed = restore_files(net, missing, args)
+    to_do = [(image, output) for image, output in jobs if args.overwrite or not output.exists()]
+    restored, failed = restore_files(net, to_do, args)
 
-    already = len(jobs) - len(missing)
+    already = len(jobs) - len(to_do)
     if args.input.is_dir():
         print(count_images(target, len(restored), already))
     elif already:
@@ -1605,10 +1637,9 @@ def main() -> int | str | None:
     elif restored:
         print(restored[0])
     if failed and args.input.is_dir():
-        names = ", ".join(failed[:9])
-        return f"error: {len(failed)} of {len(missing)} images failed: {names}"
+        return f"error: {len(failed)} of {len(to_do)} images failed: {listed(failed)}"
     if failed:
-        return 1  # its error is there
+        return 1  # its error is already printed
     folder = run_folder(path)
     if restored and folder:
         print(f"publish it: {export_command(args, folder.name)}")
@@ -1616,7 +1647,7 @@ def main() -> int | str | None:
 
 
 class CommandLine(argparse.ArgumentParser):
-    """Says a mistake in one sentence, without the usage."""
+    """Reports a mistake in one sentence, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; see --help\n")
@@ -1633,7 +1664,8 @@ def parse_arguments() -> argparse.Namespace:
         "net",
         metavar="NET",
         type=Path,
-        help="a run's folder, as experiments/mine, or a file: ours, official, BasicSR's, KAIR's",
+        help="a run's folder, such as experiments/mine, or a file: ours, official, BasicSR's, "
+        "KAIR's",
     )
     cli.add_argument("input", metavar="INPUT", nargs="?", type=Path, help="an image or a folder")
     cli.add_argument(
@@ -1648,7 +1680,7 @@ def parse_arguments() -> argparse.Namespace:
     cli.add_argument(
         "--quality", type=int, help="1 to 100: of JPEG (default: 95), of WebP (default: lossless)"
     )
-    cli.add_argument("--overwrite", action="store_true", help="restore what is there already, too")
+    cli.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
     cli.add_argument("--param_key", default="params_ema", help="which weights (%(default)s)")
     cli.add_argument("--tile", type=int, help="input pixels (default: whole, or as memory allows)")
     cli.add_argument("--overlap", type=int, default=32, help="of tiles, in pixels (default: 32)")
@@ -1740,7 +1772,7 @@ def export_command(args: argparse.Namespace, name: str) -> str:
 
 
 def free_cores() -> int:
-    """How many cores are idle, at least 1.
+    """How many cores are idle, at least 1; all cores where the system doesn't tell.
 
     OpenMP's threads wait for each other: two of them beside a busy process take up to twenty
     times as long as one.
@@ -1818,7 +1850,7 @@ def default_output(source: Path, suffix: str) -> Path:
 def list_jobs(source: Path, target: Path, suffix: str) -> list[tuple[Path, Path]]:
     """(image, output) for each image."""
     if not source.exists():
-        raise UserError(f"{source} is not there")
+        raise UserError(f"{source} does not exist")
     if source.is_dir():
         jobs = list_jobs_of_folder(source, target, suffix)
     elif target.suffix.lower() == suffix:
@@ -1829,6 +1861,7 @@ def list_jobs(source: Path, target: Path, suffix: str) -> list[tuple[Path, Path]
     for path, output in jobs:
         if outputs[output] > 1:
             raise UserError(f"{path}: another image would be restored to {output}, too: rename one")
+    # Otherwise outputs would be taken for inputs the next time, or lie among the user's own files.
     here = source.resolve()
     inside = any(output.resolve().is_relative_to(here) for _, output in jobs)
     if inside or target.resolve() == here.parent:
@@ -1856,7 +1889,7 @@ def list_jobs_of_folder(source: Path, target: Path, suffix: str) -> list[tuple[P
 def restore_files(
     net: nn.Module, jobs: list[tuple[Path, Path]], args: argparse.Namespace
 ) -> tuple[list[str], list[str]]:
-    """Restores each image; names those that fail, and goes on.
+    """Restores each image. Reports those that fail, and continues.
 
     Returns a sentence about each image that was restored, and the paths of those that failed.
     """
@@ -1884,7 +1917,7 @@ def restore_file(net: nn.Module, path: Path, output: Path, args: argparse.Namesp
     metadata, note = data.read_metadata(path)
     output.parent.mkdir(parents=True, exist_ok=True)
     dropped = data.write_image(output, restored, **metadata, quality=args.quality)
-    if dropped:
+    if dropped:  # also by the format that is written; a note ends in a list of what is dropped
         note = f"{note}, {dropped}" if note else f"{path}: dropped: {dropped}"
     if note:
         tqdm.write(f"note: {note}", file=sys.stderr)
@@ -1916,8 +1949,8 @@ def data_module() -> Any:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except ImportError as error:
-        sys.exit(f"error: {error}: pip install {error.name}")
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {error}: pip install {error.name.partition('.')[0]}")
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -31,7 +31,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
@@ -98,7 +98,7 @@ from model import (
 @dataclass
 class Config:
     name: str = "denoise_color25"  # results go to experiments/<name>
-    seed: int = 0  # of all that is drawn: initial weights, samples, DropPath
+    seed: int = 0  # of everything random: initial weights, samples, DropPath
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     # never: the old folder moves to <name>_archived_<time>
     resume: Literal["auto", "never"] = "auto"
@@ -118,7 +118,7 @@ class Config:
     meta_info_file: str | None = None
     # noise, jpeg, bicubic, bsrgan, realesrgan: see DEGRADATIONS in data.py
     degradation: str = "noise"
-    sigma: float | tuple[float, ...] = 25.0  # noise: deviation of 255, or a range as 0,50
+    sigma: float | tuple[float, ...] = 25.0  # noise: deviation, 0 to 255, or a range as 0,50
     quality: int | tuple[int, ...] = 40  # jpeg: 1 to 100, or a range as 10,40
     jpeg_range: int | tuple[int, ...] = (30, 95)  # bsrgan, realesrgan: quality of each JPEG
     gt_size: int = 128  # side of the GT patch in pixels: a multiple of scale x window_size
@@ -174,10 +174,10 @@ class Config:
     gamma: float = 0.5  # multistep: by which the lr is multiplied after each milestone
     warmup_iters: int = 0  # the lr grows linearly until this iteration; milestones don't shift
     grad_clip: float | None = None  # largest norm of the gradient; None: no clipping
-    ema_decay: float = 0.999  # of the averaged weights, which are validated; 0: no averaging
+    ema_decay: float = 0.999  # average of the weights, which is validated; 0: no average
 
     # validation and files
-    # synthetic: images that data.py draws; None: those, or a few of dataroot_gt, which are held out
+    # "synthetic": images that data.py draws; None: held-out images of dataroot_gt, else synthetic
     val_gt: str | tuple[str, ...] | None = None
     val_lq: str | tuple[str, ...] | None = None  # their partners; None: made by `degradation`
     val_freq: int = 5000  # iterations between validations; 0: never
@@ -186,8 +186,7 @@ class Config:
     crop_border: int = 0  # pixels cut off on each side before PSNR and SSIM
     test_y_channel: bool = False  # PSNR and SSIM on the Y channel of YCbCr
     pad_window: bool = False  # pad a window more than needed, as the script behind SwinIR's figures
-    # Each validation writes strips (input, output, ground truth) of so many images of each set:
-    strips: int = 3
+    strips: int = 3  # images of each set that a validation shows: input, output, ground truth
     save_img: bool = False  # strips of all images
     strip_size: int = 320  # side of the middle that they show, in pixels; 0: the whole image
     use_tb_logger: bool = False  # log to TensorBoard too, in experiments/<name>/tensorboard
@@ -197,31 +196,22 @@ class Config:
     keep_last: int = 3  # checkpoints kept besides the best weights; 0: all
 
 
-# Options that a network's constructor may take.
-NETWORK_OPTIONS = (
-    "in_chans",
-    "embed_dim",
-    "depths",
-    "num_heads",
-    "window_size",
-    "mlp_ratio",
-    "upsampler",
-    "resi_connection",
-    "img_range",
-    "drop_path_rate",
-    "init_std",
-    "use_checkpoint",
-    "attention",
-)
-# Those that may differ after a restart: they change time and memory, not the network.
-HOW_TO_COMPUTE = ("use_checkpoint", "attention")
-NETWORK_SHAPE = ("network", "scale", *(o for o in NETWORK_OPTIONS if o not in HOW_TO_COMPUTE))
-# Options that make a run what it is. They can't change once it has started.
+# Options that make a run what it is, besides those of its network and of its degradation. They
+# can't change once it has started.
 FIXED_ON_RESUME = (
-    *NETWORK_SHAPE,
-    *("seed", "batch_size", "optimizer", "degradation", "pretrain_network"),
-    *("discriminator", "discriminator_features", "pretrain_discriminator"),
+    "seed",
+    "batch_size",
+    "optimizer",
+    "degradation",
+    "pretrain_network",
+    "discriminator",
+    "discriminator_features",
+    "pretrain_discriminator",
 )
+# Options of a network that can change: they are about time and memory.
+HOW_TO_COMPUTE = ("use_checkpoint", "attention")
+# Options of one start, which config.json doesn't hold.
+OF_ONE_START = ("resume", "eval_only", "max_hours")
 # Bounds of numbers, inclusive; of tuples, of each entry. Other numbers only have to be finite.
 BOUNDS = {
     "seed": (0, None),
@@ -307,7 +297,7 @@ def adamw(network: nn.Module, cfg: Config) -> torch.optim.Optimizer:
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) for the matrices and
-    convolutions between the first and the last layer, Adam for all else.
+    convolutions of `network.layers` and `network.conv_after_body`, Adam for all else.
 
     The update of a matrix is its momentum with all singular values set to about 1. It has Adam's
     size (Liu et al. 2025, https://arxiv.org/abs/2502.16982), so both take the same lr. On a GPU
@@ -381,19 +371,24 @@ def orthogonalize(matrices: Tensor) -> Tensor:  # (n, rows, columns)
 
 
 # name -> function(network, cfg). A parameter group may have an "lr_scale", by which the lr is
-# multiplied. For a step that isn't finite it is not called; torch's fused Adam and AdamW are, and
-# change nothing (see step_if_finite).
+# multiplied. step() is not called when gradients aren't finite, except for torch's fused Adam and
+# AdamW, which then change nothing (see step_if_finite).
 OPTIMIZERS = {"adam": adam, "adamw": adamw, "muon": Muon}
 
 
 def build_network(cfg: Config) -> nn.Module:
-    """NETWORKS[cfg.network] with those of NETWORK_OPTIONS that it takes."""
-    options = {name: getattr(cfg, name) for name in NETWORK_OPTIONS}
-    options["upscale"] = cfg.scale
-    options["img_size"] = cfg.gt_size // cfg.scale
+    """NETWORKS[cfg.network] with those options that its constructor names."""
+    options = vars(cfg) | {"upscale": cfg.scale, "img_size": cfg.gt_size // cfg.scale}
     constructor = NETWORKS[cfg.network]
     taken = inspect.signature(constructor).parameters
     return constructor(**{name: value for name, value in options.items() if name in taken})
+
+
+def network_shape(cfg: Config) -> list[str]:
+    """The names of the options that say which weights the network has, and what they compute."""
+    taken = inspect.signature(NETWORKS[cfg.network]).parameters
+    own = [name for name in vars(cfg) if name in taken and name not in HOW_TO_COMPUTE]
+    return ["network", "scale", *own]
 
 
 def build_average(network: nn.Module) -> nn.Module:
@@ -438,15 +433,16 @@ def build_loss(
 
 
 def open_training_set(cfg: Config) -> PairedImageDataset:
-    """Without val_gt, it holds a few images out for validation."""
+    """The images of dataroot_gt. Without val_gt, some are held out for validation. To validate
+    val_gt alone, none are needed."""
     hold_out = not cfg.val_gt and (cfg.val_freq > 0 or cfg.eval_only)
     if cfg.eval_only and not hold_out:
-        return PairedImageDataset()  # it opens no files
+        return PairedImageDataset()  # synthetic images, of which none is drawn
     return PairedImageDataset(**dataset_options(cfg), hold_out=hold_out)
 
 
 def open_validation_sets(cfg: Config, held_out: list[Any]) -> dict[str, ValidationImages]:
-    """By the names of their folders, "held_out", or "synthetic"."""
+    """The sets, under the names of their folders, or "held_out", or "synthetic"."""
     gt_roots = split_roots(cfg.val_gt)
     lq_roots = split_roots(cfg.val_lq)
     if cfg.val_lq and len(lq_roots) != len(gt_roots):
@@ -459,7 +455,7 @@ def open_validation_sets(cfg: Config, held_out: list[Any]) -> dict[str, Validati
     if held_out:
         return {"held_out": ValidationImages(held_out=held_out, **options)}
     if not gt_roots and cfg.dataroot_lq:
-        return {}  # few pairs of one's own: synthetic images would say nothing
+        return {}  # too few pairs to hold one out, and synthetic images would say nothing
     sets = {}
     for i, root in enumerate(gt_roots or ["synthetic"]):
         lq_root = lq_roots[i] if lq_roots else None
@@ -545,7 +541,7 @@ def copy_statistics(network: nn.Module) -> list[tuple[Tensor, Tensor]]:
 
 
 def restore_statistics(statistics: list[tuple[Tensor, Tensor]], finite: Tensor) -> None:
-    """Takes the copies, if the step wasn't finite."""
+    """Restores the copies, if the step wasn't finite."""
     for buffer, before in statistics:
         buffer.copy_(buffer.where(finite, before))
 
@@ -560,8 +556,8 @@ def step_that_fits(
 ) -> tuple[dict[str, Tensor], Tensor, int]:
     """The step on a batch that is split into micro-batches: into more where memory is too small.
 
-    Returns what `step` returns, and the number of micro-batches. Several ranks try it before the
-    training (`try_memory`): a rank alone can't repeat a step.
+    Returns what `step` returns, and the number of micro-batches. With several ranks, `try_memory`
+    finds that number before the training, because one rank alone can't repeat a step.
     """
     while True:
         torch.manual_seed(seed)  # of DropPath, for each try
@@ -602,8 +598,9 @@ def step_if_finite(
 ) -> None:
     fused = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and optimizer.defaults["fused"]
     if fused and finite.device.type != "mps":
-        # Fused optimizers read found_inf on the device, and change nothing if it is 1. (With fp16,
-        # GradScaler sets it. On mps, the fused kernels don't read it.)
+        # Fused optimizers read found_inf on the device, and change nothing if it is 1. A disabled
+        # scaler just calls optimizer.step(); an enabled one (fp16) sets found_inf itself. On mps,
+        # the fused kernels don't read it.
         optimizer.found_inf = 1 - finite.float()
         scaler.step(optimizer)
     elif finite:  # waits for the device
@@ -617,13 +614,14 @@ class Adversary:
     trains the discriminator to tell them from real images.
     """
 
-    def __init__(self, cfg: Config, hardware: "Hardware") -> None:
-        self.cfg = cfg
+    def __init__(self, cfg: Config, hardware: "Hardware", start: int = 0) -> None:
+        self.cfg = replace(cfg, lr=cfg.lr if cfg.lr_d is None else cfg.lr_d)
         self.precision = hardware.precision
         device = hardware.device
         network = DISCRIMINATORS[cfg.discriminator](cfg.in_chans, cfg.discriminator_features)
-        if cfg.pretrain_discriminator:
-            load_weights(network, cfg.pretrain_discriminator, "params")
+        self.notices = []
+        if cfg.pretrain_discriminator and not start:
+            self.notices.append(load_weights(network, cfg.pretrain_discriminator, "params"))
         self.network = network.to(device, memory_format=torch.channels_last)
         with torch.no_grad():  # the spectral normalisation starts from random vectors
             for _ in range(10):
@@ -633,8 +631,7 @@ class Adversary:
         example = torch.zeros(1, cfg.in_chans, cfg.gt_size, cfg.gt_size, device=device)
         self.ddp_model = distribute(network, hardware.world, example)
         self.discriminator_loss, self.loss_for_generator = GAN_LOSSES[cfg.gan_type]
-        self.lr_ratio = 1.0 if cfg.lr_d is None else cfg.lr_d / cfg.lr
-        self.fakes: list[Tensor] = []  # the outputs of each micro-batch
+        self.fakes: list[Tensor] = []  # the network's outputs for each micro-batch
 
     def parts(self) -> dict[str, Any]:
         """What checkpoints hold."""
@@ -645,24 +642,23 @@ class Adversary:
         }
 
     def generator_loss(self, fake: Tensor) -> Tensor:
-        self.fakes.append(fake.detach())  # `step` takes the last ones: others are of failed tries
+        self.fakes.append(fake.detach())
         self.network.requires_grad_(False)
         self.network.eval()  # no iteration of the spectral normalisation
         return self.loss_for_generator(self.network(fake).float(), real=True)
 
-    def step(self, reals: Sequence[Tensor], lr: float) -> dict[str, Tensor]:
-        """One optimizer step, and its figures: the loss, and the mean scores of real and fake.
-
-        lr: That of the network, in this iteration.
-        """
+    def step(self, reals: Sequence[Tensor], it: int) -> dict[str, Tensor]:
+        """The optimizer step of iteration `it`. Returns its figures: the loss, and the mean scores
+        of real and fake images."""
         self.network.requires_grad_(True)
         self.network.train()
         statistics = copy_statistics(self.network)
         self.optimizer.zero_grad()
-        set_lr(self.optimizer, lr * self.lr_ratio)
+        set_lr(self.optimizer, lr_at(it, self.cfg))
         count = len(reals)
         sums = torch.zeros(3, device=reals[0].device)
-        for i, (real, fake) in enumerate(zip(reals, self.fakes[-count:], strict=True)):
+        fakes = self.fakes[-count:]  # earlier ones are of tries that ran out of memory
+        for i, (real, fake) in enumerate(zip(reals, fakes, strict=True)):
             self.ddp_model.require_backward_grad_sync = i == count - 1
             with autocast(real.device, self.precision):
                 scores = self.ddp_model(torch.cat([real, fake]))
@@ -679,15 +675,15 @@ class Adversary:
         return dict(zip(names, sums, strict=True)) | {"d_skipped": 1 - finite.float()}
 
 
-def build_adversary(cfg: Config, hardware: "Hardware") -> Adversary | None:
+def build_adversary(cfg: Config, hardware: "Hardware", start: int) -> Adversary | None:
     is_gan = GAN_TERM in parse_loss(cfg.loss)
-    return Adversary(cfg, hardware) if is_gan and not cfg.eval_only else None
+    return Adversary(cfg, hardware, start) if is_gan and not cfg.eval_only else None
 
 
 @torch.no_grad()
 def update_average(average: nn.Module, network: nn.Module, it: int, decay: float) -> None:
-    """The decay grows to its value: with 0.999 from the start, short runs would keep the initial
-    weights."""
+    """The decay grows from 2/11 to `decay`: with 0.999 from the start, short runs would keep the
+    initial weights."""
     decay = min(decay, (1 + it) / (10 + it))
     torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
 
@@ -710,13 +706,13 @@ def evaluate(
     Without autocast: in float32, or TF32 on GPUs unless amp=none.
     """
     share_buffers(network)
-    names = measures_of(cfg)
-    scores = torch.zeros(len(images), len(names) + 2, dtype=torch.float64)
+    columns = [*measures_of(cfg), "input_psnr", "exact"]
+    scores = torch.zeros(len(images), len(columns), dtype=torch.float64)
     strips = {}
 
     def note(i: int, name: str, job: Future) -> None:
         values, picture = job.result()
-        scores[i] = torch.tensor(values, dtype=scores.dtype)
+        scores[i] = torch.tensor([values[column] for column in columns], dtype=scores.dtype)
         if picture:
             strips[name] = picture
 
@@ -734,33 +730,34 @@ def evaluate(
         if pending:
             note(*pending)
     scores = sum_over_ranks(scores)  # sums with zeros, which are exact
-    *means, input_psnr, _ = scores.mean(0).tolist()
-    exact = int(scores[:, -1].sum())
-    return dict(zip(names, means, strict=True)) | {"input_psnr": input_psnr, "exact": exact}, strips
+    means = dict(zip(columns, scores.mean(0).tolist(), strict=True))
+    means["exact"] = int(scores[:, -1].sum())
+    return means, strips
 
 
 def score(
     output: np.ndarray, lq: Tensor, gt: np.ndarray, cfg: Config, with_strip: bool
-) -> tuple[list[float], Image.Image | None]:
-    """([measures, PSNR of the input, whether the output is exact], strip or None)."""
+) -> tuple[dict[str, float], Image.Image | None]:
+    """The measures, "input_psnr", and "exact" (0 or 1), of an image; and a strip, or None."""
     peak = np.iinfo(gt.dtype).max
     baseline = (lq.clamp(0, 1) * peak).round().permute(1, 2, 0).numpy().astype(gt.dtype)
     if cfg.scale > 1:
         baseline = imresize(baseline, cfg.scale)
     how = (gt, cfg.crop_border, cfg.test_y_channel)
-    values = [capped(name, MEASURES[name](output, *how)) for name in measures_of(cfg)]
-    before = capped("psnr", psnr(baseline, *how))
+    values = {name: capped(name, MEASURES[name](output, *how)) for name in measures_of(cfg)}
+    values["input_psnr"] = before = capped("psnr", psnr(baseline, *how))
+    values["exact"] = float(np.array_equal(output, gt))
     picture = None
     if with_strip:
-        after = capped("psnr", psnr(output, *how))
+        after = values.get("psnr") or capped("psnr", psnr(output, *how))
         picture = strip(baseline, output, gt, before, after, cfg.strip_size)
-    return [*values, before, float(np.array_equal(output, gt))], picture
+    return values, picture
 
 
 def restored_pixels(network: nn.Module, lq: Tensor, gt: np.ndarray, cfg: Config) -> np.ndarray:
     """The network's output for `lq` (C, h, w) in the type and size of `gt`, rounded.
 
-    An option that changes it belongs into `protocol_of`, too: figures are compared by that.
+    An option that changes it belongs in `protocol_of`, too: figures are compared by that.
     """
     height, width = gt.shape[:2]
     x = lq[None]
@@ -798,7 +795,7 @@ def protocol_of(cfg: Config) -> str:
     """How the figures of a validation are made, such as "RGB, border 0, sigma 25, seed 0"."""
     colour = "gray" if cfg.in_chans == 1 else "Y" if cfg.test_y_channel else "RGB"
     parts = [colour, f"border {cfg.crop_border}"]
-    if cfg.val_lq:
+    if cfg.val_lq or (cfg.dataroot_lq and not cfg.val_gt):  # else they are held out
         parts.append("pairs")
     else:
         options = options_of_degradation(cfg.degradation, cfg)
@@ -839,11 +836,11 @@ def validate(
     first_pictures = not pictures_folder.exists()
     decisive = best_key(next(iter(val_sets.values())), cfg)
     if not cfg.eval_only and forget_other_bests(best, decisive, folder, it, hardware.rank):
-        log("note: validation has changed, so the best network is sought anew")
+        log("note: validation has changed, so the best network is chosen again")
     for dataset, images in val_sets.items():
-        # Layers that are compiled for training would be compiled again for each image size.
-        # cuDNN would time its algorithms for each of them, too.
-        with torch.compiler.set_stance("force_eager"), without_cudnn_benchmark():
+        # With ema_decay=0 this is the compiled network: it would be compiled again for each image
+        # size. cuDNN would time its algorithms for each of them, too.
+        with torch.compiler.set_stance("force_eager"), for_images_of_any_size():
             means, strips = evaluate(network, images, cfg, hardware.rank, hardware.world)
         pictures = {}
         for name, picture in strips.items():
@@ -873,7 +870,8 @@ def validate(
 
 
 @contextlib.contextmanager
-def without_cudnn_benchmark() -> Iterator[None]:
+def for_images_of_any_size() -> Iterator[None]:
+    """cuDNN doesn't time its algorithms, and the memory that large images take is returned."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False
     try:
@@ -881,7 +879,7 @@ def without_cudnn_benchmark() -> Iterator[None]:
     finally:
         torch.backends.cudnn.benchmark = before
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # what large images have taken
+            torch.cuda.empty_cache()
 
 
 def best_key(images: ValidationImages, cfg: Config) -> str:
@@ -892,10 +890,10 @@ def best_key(images: ValidationImages, cfg: Config) -> str:
 def forget_other_bests(
     best: dict[str, list[float]], decisive: str, folder: Path, it: int, rank: int
 ) -> bool:
-    """If validation has changed, figures don't compare, and net_g_best.pth is of the old one: it
-    is kept under another name. The first key of `best` is the one that decided: dicts keep their
-    order, also in a checkpoint. Returns whether validation has changed."""
-    first = next(iter(best), None)  # by which net_g_best.pth was chosen
+    """If validation has changed, clears `best` and keeps net_g_best.pth under another name: its
+    figure can't be compared with others. Returns whether validation has changed."""
+    # The key by which net_g_best.pth was chosen: dicts keep their order, also in a checkpoint.
+    first = next(iter(best), None)
     if first in (None, decisive):
         return False
     best.clear()
@@ -908,7 +906,8 @@ def forget_other_bests(
 # The run
 
 FINITE_ADVICE = "restart with a lower --lr, --grad_clip=1 or --amp=none"
-MOST_SKIPPED = 50  # steps in a row without a finite loss, after which a run stops
+# A run stops at the log line after so many steps in a row without finite gradients.
+MOST_SKIPPED = 50
 # So many skipped steps in a row mean that the weights themselves give no finite gradients, as after
 # a step that was too long: they are not saved. A few are normal while fp16 finds its scale.
 SPOILT_AFTER = 9
@@ -932,8 +931,11 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
     torch.manual_seed(cfg.seed)
     network = build_network(cfg)
     start_ranks(hardware)
-    lock = lock_existing(folder, rank)  # before the checkpoint is read: another run may be saving
+    # `lock` is a file, locked until it is closed: before the checkpoint is read, as another run may
+    # be saving, and to the end of this function.
+    lock = lock_existing(folder, rank)
     use_old = cfg.resume == "auto" or cfg.eval_only
+    # See write_state and write_network for what they hold.
     state, weights = last_checkpoint(folder, rank, world) if use_old else (FRESH_STATE, {})
     start, best = state["iter"], dict(state["best"])
     set_threads(device, state.get("threads"))
@@ -941,9 +943,9 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
     check_plan(cfg, world * (cfg.accumulate or 1))
     sampler = sample_batches(lambda it: plan_of(it, cfg), rank, world, start)
     average, taken = start_weights(network, cfg, device, start, weights)
-    adversary = build_adversary(cfg, hardware)
+    adversary = build_adversary(cfg, hardware, start)
     criterion = None if cfg.eval_only else build_loss(cfg, device, adversary)
-    notices = dataset.notices + taken
+    notices = dataset.notices + taken + (adversary.notices if adversary else [])
     for images in val_sets.values():
         notices += images.notices
 
@@ -955,14 +957,15 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
     describe_run(log, cfg, folder, start, changes, dataset, val_sets, notices)
     if cfg.eval_only:
         validate(average, val_sets, cfg, hardware, start, best, folder, log)
-        lead_on(log, folder, start)
+        describe_next_steps(log, folder, start)
         return 0
     if start >= cfg.total_iters:
         log(f"nothing to do: {start:,} iterations are done, and total_iters={cfg.total_iters}")
-        lead_on(log, folder, start)
+        describe_next_steps(log, folder, start)
         return 0
 
-    # What else is trained. All of `parts` is saved with each checkpoint and restored from it.
+    # What else is trained. All of `parts` is saved with each checkpoint and restored from it. DDP
+    # wraps the network, then layers are compiled in place, then the memory is tried.
     optimizer = OPTIMIZERS[cfg.optimizer](network, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=hardware.precision == "fp16")
     meter = Meter(device, rank, world)
@@ -985,7 +988,8 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
 
     def save(it: int) -> bool:
         if meter.skipped_in_a_row() >= SPOILT_AFTER:
-            log(f"iteration {it:,} isn't saved: its last {SPOILT_AFTER} steps had no finite loss")
+            reason = f"its last {SPOILT_AFTER} steps had no finite gradients"
+            log(f"iteration {it:,} isn't saved: {reason}")
             return False
         save_network(it, it)
         write_state(folder, it, best, cfg, parts, hardware, accumulate)
@@ -993,12 +997,13 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
         return True
 
     if rank == 0:
-        write_file(folder / "config.json", json.dumps(vars(cfg), indent=1))
+        options = {key: value for key, value in vars(cfg).items() if key not in OF_ONE_START}
+        write_file(folder / "config.json", json.dumps(options, indent=1))
     workers = min(cfg.num_workers, os.cpu_count() or 1)
     loader = train_loader(dataset, sampler, workers, pin=device.type == "cuda")
     bar = progress_bar(cfg.total_iters, start, rank)
     requests = StopRequests(cfg.max_hours, begin)
-    saved = start > 0
+    saved = start > 0  # whether there is a checkpoint of the last step
     with bar, Prefetcher(loader, device) as batches, requests:
         clock = Clock(start)
         damaged: set[str] = set()  # images that have been named
@@ -1008,7 +1013,8 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
             except UnreadableImage as error:
                 requests.stop_with(error)  # sets the exit code, so that all ranks return below
             save_now, time_is_up, code = requests.agree(world)
-            made_a_step = it > start + 1  # restarts under --max_hours get on by at least one
+            # So each start under --max_hours makes at least one step.
+            made_a_step = it > start + 1
             if made_a_step and (save_now or time_is_up or code):
                 with clock.paused(device):
                     saved = save(it - 1)
@@ -1018,12 +1024,13 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
                 log(f"stopped after iteration {it - 1:,}, {how}")
                 return code
 
-            # The step. DropPath draws from (seed, iteration, rank).
+            # The step. `batch` is [lq, gt] on the device, floats in [0, 1]. DropPath draws from
+            # (seed, iteration, rank).
             seed = ((cfg.seed * 1_000_003 + it) * 4099 + rank) % 2**63
             lr = set_lr(optimizer, lr_at(it, cfg))
             figures, finite, accumulate = step_that_fits(step, batch, accumulate, seed, world, log)
             if adversary:
-                figures |= adversary.step(batch[1].chunk(accumulate), lr)
+                figures |= adversary.step(batch[1].chunk(accumulate), it)
             if cfg.ema_decay:
                 update_average(average, network, it, cfg.ema_decay)
             meter.add(figures, finite)
@@ -1055,8 +1062,8 @@ def main(cfg: Config) -> int:  # noqa: C901  the loop is meant to be read in one
     if not saved:
         raise UserError(f"finished, but not saved: {FINITE_ADVICE}")
     log(f"finished: the weights are in {folder / 'models'}; to go on, raise --total_iters")
-    lead_on(log, folder, cfg.total_iters)
-    del lock  # held until here
+    describe_next_steps(log, folder, cfg.total_iters)
+    del lock
     return 0
 
 
@@ -1093,7 +1100,7 @@ def describe_run(
         log(f"note: {notice}")
 
 
-def lead_on(log: Log, folder: Path, it: int) -> None:
+def describe_next_steps(log: Log, folder: Path, it: int) -> None:
     """The last lines: a picture to look at, and what to do with the network."""
     pictures = sorted(folder.glob(f"visualization/*/*_{it}.png"))
     if pictures:
@@ -1106,8 +1113,8 @@ def describe_network(
     log: Log,
     network: nn.Module,
     hardware: "Hardware",
-    accumulate: int = 1,
-    not_compiled: str | None = None,
+    accumulate: int,
+    not_compiled: str | None,
 ) -> None:
     device = hardware.device
     count = sum(p.numel() for p in network.parameters())
@@ -1142,9 +1149,10 @@ def log_step(
     speed = clock.images / seconds
     left = clock.left(it, cfg.total_iters)
     text = f"iter {it:,}/{cfg.total_iters:,}: loss {means['loss']:.4e}, lr {lr:.2e}"
-    elsewhere = ("loss", "grad_norm", "skipped", "skipped_in_a_row", "damaged", "d_skipped")
+    # Those that have their own place in the line, or none.
+    placed = ("loss", "grad_norm", "skipped", "skipped_in_a_row", "damaged", "d_skipped")
     for name, value in means.items():  # the terms of the loss, and what else a step returns
-        if name not in elsewhere:
+        if name not in placed:
             text += f", {name} {value:.4e}"
     text += f", {speed:.1f} img/s, {left} left, {waiting:.0%} waiting for data"
     if "damaged" in means:
@@ -1160,7 +1168,7 @@ def log_step(
     values |= {"img_per_s": speed, "max_mem_gb": torch.cuda.max_memory_allocated() / 1e9 or None}
     log.event("train", text, it, **values)
     if means["skipped_in_a_row"] >= MOST_SKIPPED:
-        raise UserError(f"stopped: no finite loss in {MOST_SKIPPED} steps; {FINITE_ADVICE}")
+        raise UserError(f"stopped: no finite gradients in {MOST_SKIPPED} steps; {FINITE_ADVICE}")
 
 
 def progress_bar(total: int, start: int, rank: int) -> tqdm:
@@ -1238,7 +1246,8 @@ def read_config(argv: list[str]) -> Config:
     for name in values:
         value = conform(getattr(rules, name), hints[name], name, sources[name])
         values[name] = value
-    for name in ("scale", *values):  # first, as rules compute others from it
+    # scale first, so that the error names it, not a value that a rule computed from it.
+    for name in ("scale", *values):
         check_bounds(name, values[name])
     return Config(**values)
 
@@ -1267,7 +1276,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is no run's folder: it has no config.json")
     values = read_json(str(folder / "config.json"))
-    for name in ("resume", "eval_only", "max_hours"):  # of one start, not of the run
+    for name in OF_ONE_START:  # in files of older versions
         values.pop(name, None)
     here = Path("experiments") / str(values.get("name"))
     if here.resolve() != folder.resolve():
@@ -1330,7 +1339,7 @@ def check_known(name: str, source: str) -> None:
     raise UserError(f"{source}: unknown option {name}; {advice}")
 
 
-# Options of BasicSR that are called otherwise here, where a near name would lead astray
+# Options of BasicSR that have another name here, where the closest match would mislead
 BASICSR_NAMES = {
     "manual_seed": "did you mean seed?",
     "total_iter": "did you mean total_iters?",
@@ -1349,7 +1358,7 @@ BASICSR_NAMES = {
 
 
 class Rules:
-    """What a rule such as `lr = lambda cfg: ...` sees: options, those that are rules computed."""
+    """What a rule such as `lr = lambda cfg: ...` sees: all options, with rules evaluated."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         self._values = values
@@ -1363,7 +1372,7 @@ class Rules:
         try:
             return value(self)
         except RecursionError:
-            raise UserError(f"{name}: this rule follows from itself") from None
+            raise UserError(f"{name}: this rule depends on itself") from None
         except UserError:
             raise
         except Exception as error:
@@ -1371,7 +1380,8 @@ class Rules:
 
 
 def from_text(text: str, hint: Any) -> Any:
-    """A value of the command line as Python has it. What doesn't fit `hint` stays text."""
+    """A value of the command line as Python has it. What isn't one stays text, and `conform`
+    refuses it."""
     kinds = alternatives(hint)
     if text == "None" and NoneType in kinds:
         return None
@@ -1523,7 +1533,8 @@ def check_plan(cfg: Config, shares: int = 1) -> None:
     if cfg.network == "swinir":
         unit *= cfg.window_size
         words = "scale x window_size"
-    for batch_size, gt_size in {plan_of(it, cfg) for it in range(1, cfg.total_iters + 1)}:
+    step = cfg.total_iters // 1_000_000 + 1  # to look at a million iterations takes half a second
+    for batch_size, gt_size in {plan_of(it, cfg) for it in range(1, cfg.total_iters + 1, step)}:
         if gt_size % unit:
             raise UserError(f"gt_size={gt_size} can't work: it must be N x {unit} ({words})")
         if batch_size % shares:
@@ -1545,17 +1556,19 @@ def check_resume(
     if not start:
         return [f"{name}={value}" for name, (_, value) in changed.items()]
 
-    fixed = [*FIXED_ON_RESUME, *options_of_degradation(cfg.degradation)]
+    fixed = [*network_shape(cfg), *FIXED_ON_RESUME, *options_of_degradation(cfg.degradation)]
     if not cfg.dataroot_gt:
         fixed.append("dataroot_gt")  # forgotten, it would mean synthetic images
     if cfg.eval_only:
-        fixed = [*NETWORK_SHAPE]
+        fixed = network_shape(cfg)
         if cfg.pretrain_network:
             fixed.append("pretrain_network")
     texts = {name: f"{name}: {before} -> {now}" for name, (before, now) in changed.items()}
     refused = [text for name, text in texts.items() if name in fixed]
     if refused:
-        advice = "give the old value, another --name, or --resume=never"
+        advice = "give the old value, or another --name"
+        if not cfg.eval_only:
+            advice += ", or --resume=never"
         raise UserError(f"{', '.join(refused)} can't change in a run that has started: {advice}")
     return list(texts.values())
 
@@ -1583,6 +1596,8 @@ def set_up_hardware(cfg: Config) -> Hardware:
         if precision == "auto":
             has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
             precision = "bf16" if has_bf16 else "none"
+    elif precision == "tf32":
+        precision = "none"  # only NVIDIA's GPUs have it
     elif precision == "auto":
         has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
         precision = "bf16" if device.type == "cpu" and has_bf16() else "none"
@@ -1636,15 +1651,13 @@ def fit_memory(network: nn.Module, cfg: Config, hardware: Hardware, before: int 
     """The least number of micro-batches per step and rank that should fit into the memory.
 
     `before`: that of the run which is continued. It stays, because it changes how sums are rounded.
-    Where one sample is too large, the network recomputes its activations, if it can.
+    Where one sample is too large, this makes the network recompute its activations, if it can.
     """
     samples = cfg.batch_size // hardware.world
     free = free_memory(hardware)
     too_large = expected_bytes(network, cfg, hardware, 1) > free
     if too_large:
-        for module in network.modules():
-            if hasattr(module, "use_checkpoint"):
-                module.use_checkpoint = True
+        recompute_activations(network)
     if before and samples % before == 0:
         return before
     if too_large:
@@ -1656,15 +1669,22 @@ def fit_memory(network: nn.Module, cfg: Config, hardware: Hardware, before: int 
     return samples
 
 
+def recompute_activations(network: nn.Module) -> None:
+    for module in network.modules():
+        if hasattr(module, "use_checkpoint"):
+            module.use_checkpoint = True
+
+
 def expected_bytes(network: nn.Module, cfg: Config, hardware: Hardware, samples: int) -> float:
-    """About the memory of a training step on `samples` at a time; of the weights if the network
-    doesn't say more."""
+    """An estimate for a training step on `samples` at a time: of the weights alone, if the network
+    has no training_floats_per_pixel."""
     weights = 20 * sum(p.numel() for p in network.parameters())  # gradients, Adam, average
     gt_size = max(plan_of(it, cfg)[1] for it in (1, cfg.total_iters))
     pixels = samples * (gt_size // cfg.scale) ** 2
     half = hardware.precision in ("bf16", "fp16")
     floats = getattr(network, "training_floats_per_pixel", 0)
-    # Floats are counted in half precision, where half of them are stored in 4 bytes all the same.
+    # training_floats_per_pixel was fitted so that in bf16 each counts 4 bytes. Half of these bytes
+    # are float32 in any case. So in float32, where the other half doubles, it is 6.
     return weights + pixels * floats * (4 if half else 6)
 
 
@@ -1698,7 +1718,8 @@ def try_memory(
         lq = gt[..., :: cfg.scale, :: cfg.scale]
         try:
             # The bare network, not ddp_model: each rank tries alone, without communication.
-            backward(network, criterion, NO_SCALER, [[lq, gt]], hardware.precision)
+            scaler = torch.amp.GradScaler("cpu", enabled=False)
+            backward(network, criterion, scaler, [[lq, gt]], hardware.precision)
             break
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -1709,9 +1730,6 @@ def try_memory(
     most = torch.tensor(accumulate)
     dist.all_reduce(most, dist.ReduceOp.MAX)
     return int(most)
-
-
-NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
 
 def describe_memory(
@@ -1778,13 +1796,14 @@ def distribute(network: nn.Module, world: int, example: Tensor) -> nn.Module:
     if world == 1:
         return network
     ddp_model = nn.parallel.DistributedDataParallel(network)
-    # Buffers are equal here, as DDP has just sent them. Later, share_buffers() sends them before a
-    # validation, not every forward pass.
+    # Buffers are equal here, as DDP has just sent them (with broadcast_buffers=False as an argument
+    # it would not). Later, share_buffers() sends them before a validation, not every forward pass.
     ddp_model.broadcast_buffers = False
     # The first backward makes DDP rearrange its buckets, which changes how sums round. It is made
     # here, so that a restart sums as the run did that it continues.
     network.eval()
     ddp_model(example).sum().backward()
+    network.zero_grad()
     network.train()
     return ddp_model
 
@@ -1840,7 +1859,8 @@ def write_state(
 
 
 def remove_old_checkpoints(folder: Path, it: int, keep_last: int, rank: int) -> None:
-    """All but the last few up to `it`. Later ones, which a restart has passed over, stay."""
+    """Deletes all but the last `keep_last` up to `it`. Later ones, which a restart has passed over,
+    stay."""
     if rank > 0 or keep_last == 0:
         return
     earlier = [old for old in saved_iterations(folder) if old <= it]
@@ -1850,26 +1870,24 @@ def remove_old_checkpoints(folder: Path, it: int, keep_last: int, rank: int) -> 
 
 
 def saved_iterations(folder: Path) -> list[int]:
-    """Other files, such as copies that people or programs have made, are ignored."""
+    """Those of the .state files. Others, such as copies that people have made, are ignored."""
     names = [path.name for path in folder.glob("training_states/*.state")]
     return sorted(int(name.removesuffix(".state")) for name in names if STATE_NAME.fullmatch(name))
 
 
-def last_checkpoint(
-    folder: Path, rank: int = 0, world: int = 1
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def last_checkpoint(folder: Path, rank: int, world: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """(state, weights) of the newest checkpoint that is whole: the one that rank 0 finds."""
     state, weights = FRESH_STATE, {}
     if rank == 0:
         state, weights = newest_whole_checkpoint(folder)
-    it = int(sum_over_ranks(torch.tensor([state["iter"]])).item())  # of other ranks it is 0
+    it = int(sum_over_ranks(torch.tensor([state["iter"]])).item())  # other ranks add 0
     if rank > 0 and it > 0:
         state, weights = load_checkpoint(folder, it)
     return state, weights
 
 
 def newest_whole_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Names those that aren't whole, and files that aren't ours."""
+    """The newest one that can be read. Prints a note about others, and about unknown files."""
     files = [*folder.glob("training_states/*"), *folder.glob("models/*")]
     foreign = []
     for file in files:
@@ -1884,7 +1902,7 @@ def newest_whole_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any
         except UserError as error:
             print(f"warning: {error}: the one before is used, if any", file=sys.stderr)
     if saved_iterations(folder):
-        print(f"warning: {folder} has no checkpoint that is whole: starting anew", file=sys.stderr)
+        print(f"warning: {folder} has no checkpoint that is whole: starting over", file=sys.stderr)
     return FRESH_STATE, {}
 
 
@@ -1896,12 +1914,13 @@ def load_checkpoint(folder: Path, it: int) -> tuple[dict[str, Any], dict[str, An
 def load_checked(path: Path) -> dict[str, Any]:
     try:
         if not checksums_agree(path):
-            raise ValueError
+            raise ValueError("wrong checksum")
         return torch.load(path, map_location="cpu", weights_only=True)
     except (PermissionError, MemoryError):
         raise
-    except Exception:  # unpickling a damaged file raises anything
-        raise UserError(f"{path} is damaged or missing") from None
+    except Exception as error:  # unpickling a damaged file raises anything
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{path} is damaged or missing ({reason})") from None
 
 
 def restore_parts(parts: dict[str, Any], state: dict[str, Any], log: Log) -> None:
@@ -2028,13 +2047,13 @@ class StopRequests:
             self.save = True
             return
         self.exit_code = 128 + number
-        # A second Ctrl-C stops at once. Of SIGTERM, Slurm sends several.
+        # A second Ctrl-C stops at once. Slurm may send SIGTERM several times.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         with contextlib.suppress(OSError):  # the terminal may have been closed
             os.write(2, b"\nstopping after this iteration or validation; Ctrl-C again: at once\n")
 
     def stop_with(self, error: UnreadableImage) -> None:
-        """On any rank."""
+        """Stops the run with exit code 1, also if only this rank has met the error."""
         self.exit_code = self.exit_code or 1
         tqdm.write(f"error: {error}; then run the same command to continue")
 

@@ -332,17 +332,17 @@ def test_fine_tuning_says_what_was_taken(tmp_path):
     left = "conv_first.weight, upsample.0.weight, upsample.0.bias"
     assert (
         said
-        == f"{path}: {n - 3} of {n} tensors taken; left: {left}; its in_chans is 3; its upscale is 2"
+        == f"{path}: {n - 3} of {n} tensors taken; not taken: {left}; its in_chans is 3; its upscale is 2"
     )
     assert torch.equal(net.norm.weight, x2.norm.weight)
-    said = rf"x2\.pth: unfit: conv_first\.weight.*strict_load=False takes {n - 3} .*in_chans is 3"
+    said = rf"x2\.pth: these tensors do not fit: conv_first\.weight.*strict_load=False takes {n - 3} .*in_chans is 3"
     with pytest.raises(ValueError, match=said):
         load_weights(net, path)
     assert load_weights(SwinIR(**x2.arguments), path) == f"{path}: {n} of {n} tensors taken"
     said = load_weights(SwinIR(**x2.arguments | {"img_range": 255.0}), path)  # no shape tells of it
     assert said == f"{path}: {n} of {n} tensors taken; its img_range is 1.0"
     torch.save({k: torch.zeros(3) for k in net.state_dict()}, path)
-    with pytest.raises(ValueError, match=f"0 of {n}"):
+    with pytest.raises(ValueError, match="none of its tensors fits"):
         load_weights(net, path, strict=False)
 
 
@@ -1282,7 +1282,7 @@ def test_a_users_mistakes_are_said_in_a_sentence(tmp_path):
         ((net, tmp_path / "empty", tmp_path / "out"), "holds no images"),
         ((net, tmp_path / "none.png", tmp_path / "out"), "none.png"),
         ((tmp_path / "none.pth", image, tmp_path / "out"), "none.pth: No such file"),
-        ((net, tmp_path / "none.png", tmp_path / "b.png"), "none.png is not there"),
+        ((net, tmp_path / "none.png", tmp_path / "b.png"), "none.png does not exist"),
         ((image, image, tmp_path / "out"), "a.png: "),
         ((net, image, tmp_path / "out", "--device=cuda:77"), ""),
         ((net, image, tmp_path / "out", "--device=nonsense"), ""),
@@ -1542,7 +1542,7 @@ def test_spoilt_weights_and_optimizers_are_named(tmp_path):
     net = identity()
     with torch.no_grad():
         net.conv_first.weight.fill_(float("nan"))
-    with pytest.raises(ValueError, match="output isn't finite: its weights are spoilt"):
+    with pytest.raises(ValueError, match="output isn't finite: its weights may contain NaN"):
         model.restore_pixels(net, np.zeros((8, 8, 3), np.uint8))
     optimizer = torch.optim.Adam(net.parameters())
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pth")
@@ -1557,3 +1557,28 @@ def test_spoilt_weights_and_optimizers_are_named(tmp_path):
     path.write_bytes(bytes(5000))
     with pytest.raises(ValueError, match="it is damaged, all zeros"):
         load(path)
+
+
+def test_weights_beside_a_counter_are_found(tmp_path):
+    net = SwinIR(**TINY)
+    torch.save({"model": net.state_dict(), "step": torch.tensor(5)}, tmp_path / "a.pth")
+    loaded = load(tmp_path / "a.pth").state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in net.state_dict().items())
+
+
+def test_a_file_of_another_network_is_not_offered_for_its_parts(tmp_path):
+    torch.save({"params": {"a.weight": torch.zeros(3)}}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="none of its tensors fits") as error:
+        model.load_weights(SwinIR(**TINY), tmp_path / "a.pth")
+    assert "strict_load" not in str(error.value)
+
+
+@pytest.mark.parametrize("ensemble", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_restore_takes_any_float_type(dtype, ensemble):
+    net = SwinIR(**TINY).eval()
+    image = torch.rand(1, 3, 19, 17)
+    output = restore(net, image.to(dtype), ensemble=ensemble)
+    assert output.dtype == dtype
+    want = restore(net, image.to(dtype).float(), ensemble=ensemble)
+    assert (output.float() - want).abs().max() < 2e-3

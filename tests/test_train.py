@@ -371,6 +371,7 @@ def test_a_run_goes_on_from_its_folder_with_its_own_options(tmp_path):
     # What belongs to one start isn't taken over.
     path = tmp_path / "experiments/mine/config.json"
     options = json.loads(path.read_text())
+    assert not {"resume", "max_hours", "eval_only"} & set(options)
     path.write_text(json.dumps(options | {"resume": "never", "max_hours": 0, "eval_only": True}))
     code, text = train(tmp_path, "experiments/mine", "--total_iters=6", small="")
     assert code == 0 and "continuing after iteration 4" in text and "finished" in text
@@ -422,6 +423,7 @@ def test_some_images_are_held_out_for_validation(tmp_path):
     # Of pairs, too; of less than four, none
     code, text = train(tmp_path, *options, "--dataroot_lq=gt", "--name=pairs")
     assert code == 0 and f"data: 11 pair(s); validation: 1 held out: {names}\n" in text
+    assert events(tmp_path, "val", "pairs")[-1]["protocol"] == "RGB, border 0, pairs"
     photos(tmp_path / "few", count=3)
     code, text = train(
         tmp_path, "--dataroot_gt=few", "--dataroot_lq=few", "--name=few", "--total_iters=1"
@@ -439,6 +441,16 @@ def test_a_damaged_image_is_left_out_of_those_held_out(tmp_path):
     code, text = train(tmp_path, *options)
     assert code == 0 and "validation: 7 held out" in text
     assert f"left out of validation: gt/{name}" in text
+
+
+def test_if_all_that_is_held_out_is_damaged_nothing_starts(tmp_path):
+    photos(tmp_path / "gt", count=6)
+    code, text = train(tmp_path, "--dataroot_gt=gt", "--total_iters=1", "--val_freq=1")
+    name = re.search(r"validation: 1 held out: (\S+)\n", text)[1]
+    path = tmp_path / "gt" / name
+    path.write_bytes(path.read_bytes()[:-200])
+    code, text = train(tmp_path, "--dataroot_gt=gt", "--val_freq=1", "--name=damaged")
+    assert code == 1 and f"gt/{name}" in text and "or give --val_gt" in text
 
 
 def test_a_refused_start_leaves_everything_as_it_was(run, tmp_path):
@@ -655,7 +667,7 @@ def test_steps_without_a_finite_loss_are_skipped(tmp_path):
     )  # spoilt weights would push out sound ones
     assert "loss nan" in text and "20 skipped" in text
     assert events(tmp_path)[-1]["loss"] is None  # not 0, which would look like success
-    assert "no finite loss" in text
+    assert "no finite gradients" in text
     assert "Traceback" not in text
 
     # Fewer steps than stop a run: it must not end as if all were well.
@@ -1192,7 +1204,7 @@ def test_the_lr_reaches_all_parameter_groups():
 def test_a_rule_that_follows_from_itself_is_refused(tmp_path):
     path = tmp_path / "c.py"
     path.write_text("lr = lambda cfg: cfg.gamma\ngamma = lambda cfg: cfg.lr\n")
-    with pytest.raises(SystemExit, match="this rule follows from itself"):
+    with pytest.raises(SystemExit, match="this rule depends on itself"):
         load_config([str(path)])
 
 
@@ -1337,6 +1349,19 @@ def test_a_gan_on_two_ranks_is_that_of_one(tmp_path):
             assert (a[key].float() - b[key].float()).abs().max() < 1e-5, key
 
 
+def test_pretrained_weights_are_read_at_the_first_start_only(tmp_path):
+    torch.manual_seed(0)
+    network = trainer.DISCRIMINATORS["unet"](3, 4)
+    torch.save({"params": network.state_dict()}, tmp_path / "d.pth")
+    options = ["--loss=l1+0.1*gan", "--discriminator_features=4", "--val_freq=0", "--lr=0"]
+    options += ["--pretrain_discriminator=d.pth", "--lr_d=1e-4", "--save_checkpoint_freq=1"]
+    code, text = train(tmp_path, *options, "--total_iters=1")
+    assert code == 0, text
+    (tmp_path / "d.pth").unlink()
+    code, text = train(tmp_path, *options, "--total_iters=2")
+    assert code == 0 and "continuing after iteration 1" in text, text
+
+
 @pytest.mark.parametrize("kind", ["vanilla", "lsgan", "hinge"])
 def test_a_discriminator_learns_and_its_bad_steps_change_nothing(kind):
     cfg = Config(loss="l1+0.1*gan", gan_type=kind, discriminator_features=4, gt_size=16, lr=1e-3)
@@ -1345,9 +1370,9 @@ def test_a_discriminator_learns_and_its_bad_steps_change_nothing(kind):
     adversary = trainer.Adversary(cfg, hardware)
     real, fake = torch.rand(2, 3, 16, 16), torch.full((2, 3, 16, 16), 0.5)
     losses = []
-    for _ in range(20):
+    for it in range(1, 21):
         adversary.generator_loss(fake)
-        losses.append(adversary.step([real], 1e-3)["d_loss"].item())
+        losses.append(adversary.step([real], it)["d_loss"].item())
     assert losses[-1] < losses[0]
 
     def everything():
@@ -1360,7 +1385,7 @@ def test_a_discriminator_learns_and_its_bad_steps_change_nothing(kind):
 
     before = everything()
     adversary.generator_loss(fake * math.nan)
-    figures = adversary.step([real], 1e-3)
+    figures = adversary.step([real], 21)
     assert figures["d_skipped"] == 1 and not figures["d_loss"].isfinite()
     after = everything()
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -1499,7 +1524,7 @@ def test_configs_of_windows_editors(tmp_path, encoding):
     (tmp_path / "c.py").write_bytes(text.encode(encoding))
     assert (load_config([str(tmp_path / "c.py")]).lr, Config().lr) == (3e-4, 2e-4)
     (tmp_path / "c.py").write_bytes(text.encode("cp1252"))
-    with pytest.raises(SystemExit, match=r"c\.py is not in UTF-8 .*: save it so"):
+    with pytest.raises(SystemExit, match=r"c\.py is not in UTF-8 .*: save it as UTF-8"):
         load_config([str(tmp_path / "c.py")])
 
 
@@ -1545,7 +1570,9 @@ def test_a_folder_that_can_not_be_written_is_named(tmp_path):
 
 def test_a_vanished_folder_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"models/net_g_2\.pth can't be written: .*see to"):
+    with pytest.raises(
+        ValueError, match=r"models/net_g_2\.pth can't be written: .*check the permissions"
+    ):
         trainer.write_file(Path("gone/models/net_g_2.pth"), {"a": 1})
 
 
