@@ -6,15 +6,17 @@
 
     task                       colour  border  figures           official script
     classical, lightweight SR  Y       scale   PSNR SSIM         SwinIR's, BasicSR's test.py
-    denoising                  RGB     0       PSNR              SwinIR's main_test_swinir.py
+    colour denoising           RGB     0       PSNR              SwinIR's main_test_swinir.py
+    gray denoising             gray    0       PSNR              SwinIR's main_test_swinir.py
     JPEG artefact removal      gray    0       PSNR SSIM PSNR-B  SwinIR's main_test_swinir.py
 
     rounding  The output is clamped to [0, 1], times 255, rounded to uint8, and only then compared.
     Y         BT.601, 16 to 235, of the uint8 RGB; not rounded, as in SwinIR and BasicSR. KAIR and
               MATLAB's rgb2ycbcr round it: 0.001 dB less at 22 dB, 1.6 dB less at 52 dB.
     channels  PSNR: one squared error over all channels. SSIM, PSNR-B: one value for each, averaged.
-    exact     The PSNR of equal images is infinite, and so is a mean that holds it. In train.py's
-              validation an image counts as 60 dB at most, about what rounding to 8 bits leaves.
+    exact     The PSNR of equal images is infinite, and so is any mean that includes it. In a
+              validation of train.py an image counts as 60 dB at most, about what rounding to 8 bits
+              leaves.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import difflib
 import importlib
 import json
 import math
+import re
 import secrets
 import sys
 import time
@@ -42,7 +45,7 @@ from tqdm import tqdm
 
 # uint8 or uint16: (H, W, 3) RGB, or (H, W, 1) or (H, W) gray. Or a float tensor (B, C, H, W) in
 # [0, 1], such as networks take and return.
-Picture = np.ndarray | Tensor
+Pixels = np.ndarray | Tensor
 
 
 class UserError(ValueError):  # as in data.py and model.py, so that each works alone
@@ -57,36 +60,38 @@ def averaged_over_batches(measure: Callable[..., float]) -> Callable[..., float]
     which are clamped to [0, 1] and rounded to 8 bits, as in a validation."""
 
     @wraps(measure)
-    def measure_any(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False) -> float:
-        if not is_batch(pred) or not is_batch(target) or pred.shape != target.shape:
-            return measure(pred, target, crop_border, y)
+    def measure_any(pred: Pixels, target: Pixels, crop_border: int = 0, y: bool = False) -> float:
+        both = is_batch(pred) and is_batch(target)
+        if not both or pred.shape != target.shape or len(pred) == 0:
+            return measure(pred, target, crop_border, y)  # which refuses batches
         values = []
-        for a, b in zip(rounded_images(pred), rounded_images(target), strict=True):
+        pred, target = rounded_images(pred, "pred"), rounded_images(target, "target")
+        for a, b in zip(pred, target, strict=True):
             values.append(measure(a, b, crop_border, y))
         return sum(values) / len(values)
 
     return measure_any
 
 
-def is_batch(image: Picture) -> bool:
+def is_batch(image: Pixels) -> bool:
     return isinstance(image, Tensor) and image.is_floating_point() and image.ndim == 4
 
 
-def rounded_images(batch: Tensor) -> np.ndarray:  # (B, C, H, W) -> (B, H, W, C) uint8
+def rounded_images(batch: Tensor, name: str) -> np.ndarray:  # (B, C, H, W) -> (B, H, W, C) uint8
     if not batch.isfinite().all():
-        raise UserError("an image isn't finite: the network's weights are spoilt")
+        raise UserError(f"{name} has values that aren't finite: the network's weights may be nan")
     images = batch.detach().float().clamp(0, 1).mul(255).round().byte()
     return images.permute(0, 2, 3, 1).numpy(force=True)
 
 
 @averaged_over_batches
-def psnr(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False) -> float:
+def psnr(pred: Pixels, target: Pixels, crop_border: int = 0, y: bool = False) -> float:
     """Peak signal-to-noise ratio in dB; infinite for equal images.
 
     Args:
         pred, target: Both uint8, or both uint16 (peak 65535). (H, W, 3), (H, W, 1) or (H, W),
-            NumPy arrays or tensors. Or both float tensors (B, C, H, W), of which it is the mean:
-            they are clamped to [0, 1] and rounded to 8 bits, as in a validation.
+            NumPy arrays or tensors. Or both float tensors (B, C, H, W): then the result is the mean
+            over the batch, clamped to [0, 1] and rounded to 8 bits, as in a validation.
         crop_border: Pixels left out on each side.
         y: Compare the luma of RGB images. Gray images are compared as they are.
 
@@ -97,7 +102,7 @@ def psnr(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False) 
 
 
 @averaged_over_batches
-def ssim(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False) -> float:
+def ssim(pred: Pixels, target: Pixels, crop_border: int = 0, y: bool = False) -> float:
     """Structural similarity (Wang et al. 2004), at most 1, with its authors' constants.
 
     Arguments as in `psnr`. Raises UserError also for images below 11 pixels inside the border.
@@ -122,17 +127,18 @@ def ssim(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False) 
 
 
 @averaged_over_batches
-def psnrb(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False) -> float:
-    """PSNR in dB that counts the blockiness of `pred`, and of it alone, as error (Yim, Bovik 2011).
+def psnrb(pred: Pixels, target: Pixels, crop_border: int = 0, y: bool = False) -> float:
+    """PSNR in dB that counts the blockiness of `pred`, but not of `target`, as error (Yim, Bovik
+    2011).
 
     Arguments as in `psnr`. The 8x8 grid starts inside the border, so it meets a JPEG's grid only
-    if the border is a multiple of 8. Raises UserError also where less than two blocks are left.
+    if the border is a multiple of 8. Raises UserError also where fewer than two blocks are left.
     """
     pred, target, peak = comparable(pred, target, crop_border, y)
     height, width = pred.shape[1:]
-    # Pairs of neighbouring pixels, across the edges of blocks and elsewhere. As in SwinIR, whose
-    # figures this keeps, the counts, but not the sums below, lack one edge along each side that is
-    # no multiple of 8.
+    # Pairs of neighbouring pixels, across the edges of blocks and elsewhere. SwinIR counts
+    # width // 8 - 1 edges in a row, one too few unless the width is a multiple of 8. The sums below
+    # include that edge. It is kept so that figures agree.
     edge_pairs = height * (width // 8 - 1) + width * (height // 8 - 1)
     other_pairs = height * (width - 1) + width * (height - 1) - edge_pairs
     if edge_pairs <= 0:
@@ -145,13 +151,13 @@ def psnrb(pred: Picture, target: Picture, crop_border: int = 0, y: bool = False)
         across = steps_x[7::8].sum() + steps_y[7::8].sum()
         within = steps_x.sum() + steps_y.sum() - across
         excess = max(across / edge_pairs - within / other_pairs, 0)
-        blockiness = excess * math.log2(8) / math.log2(min(height, width))
+        blockiness = excess * math.log2(8) / math.log2(min(height, width))  # the paper's eta
         values.append(decibels(np.mean((a - b) ** 2) + blockiness, peak))
     return sum(values) / len(values)
 
 
-# Measures of a validation: name -> function(pred, target, crop_border, y). The first one of
-# `--measures=psnr,ssim` decides which network is the best: larger is better.
+# Measures of a validation: name -> function(pred, target, crop_border, y), of arrays (H, W, C). The
+# first one of `--measures=psnr,ssim` decides which network is the best: larger is better.
 MEASURES = {"psnr": psnr, "ssim": ssim, "psnrb": psnrb}
 FORMATS = {"psnr": "{:.2f} dB", "ssim": "SSIM {:.4f}", "psnrb": "PSNR-B {:.2f} dB"}
 CAPS = {"psnr": 60.0, "psnrb": 60.0}  # so that one exact image doesn't make the mean infinite
@@ -166,7 +172,7 @@ def describe_measure(name: str, value: float) -> str:
 
 
 def comparable(
-    pred: Picture, target: Picture, crop_border: int, y: bool
+    pred: Pixels, target: Pixels, crop_border: int, y: bool
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Both as float64 (C, H, W) without the border, and the peak value. Raises UserError."""
     pred, target = as_array(pred), as_array(target)
@@ -191,7 +197,7 @@ def comparable(
     return planes[0], planes[1], peak
 
 
-def as_array(image: Picture) -> np.ndarray:
+def as_array(image: Pixels) -> np.ndarray:
     array = image.numpy(force=True) if isinstance(image, Tensor) else np.asarray(image)
     return array[..., None] if array.ndim == 2 else array
 
@@ -252,7 +258,7 @@ def parse_loss(text: str) -> dict[str, float]:
     """{term: weight} of a text such as "charbonnier+0.1*perceptual". Raises UserError."""
     known = [*LOSSES, *VGG_TERMS, GAN_TERM]
     weights = {}
-    for term in text.replace(" ", "").split("+"):
+    for term in re.split(r"(?<![0-9.]e)\+", text.replace(" ", "")):  # 1e+2 is a number
         factor, star, name = term.rpartition("*")
         if name not in known:
             near = difflib.get_close_matches(name, known, 1) or known
@@ -264,7 +270,9 @@ def parse_loss(text: str) -> dict[str, float]:
         try:
             weights[name] = float(factor) if star else 1.0
         except ValueError:
-            raise UserError(f"loss={text!r}: {factor!r} is no weight, as in 0.1*{name}") from None
+            raise UserError(
+                f"loss={text!r}: {factor!r} is not a number: write 0.1*{name}"
+            ) from None
     return weights
 
 
@@ -272,8 +280,9 @@ class WeightedLoss(nn.Module):
     """The losses that `--loss` names, each times its weight, by name. The caller adds them.
 
     Args:
-        generator_loss: A function of pred, for the term "gan".
-        vgg_options: Arguments of PerceptualLoss, for the terms "perceptual" and "style".
+        generator_loss: A function of pred. The term "gan" needs it.
+        vgg_options: Arguments of PerceptualLoss. The terms "perceptual" and "style" need
+            layer_weights.
     """
 
     def __init__(
@@ -284,6 +293,8 @@ class WeightedLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.weights = parse_loss(text)
+        if GAN_TERM in self.weights and generator_loss is None:
+            raise UserError(f"loss={text!r}: {GAN_TERM} needs a generator_loss")
         self.generator_loss = generator_loss
         self.vgg = None
         if any(name in VGG_TERMS for name in self.weights):
@@ -480,7 +491,7 @@ def gram_matrix(x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, C)
 class Meter:
     """Means of the figures that training steps return, since the last log line, over all ranks.
 
-    Everything stays on the device: `add` does not wait for a GPU, only `means` does.
+    The sums stay on the device: `add` does not wait for a GPU; reading them does.
     """
 
     def __init__(self, device: torch.device | str, rank: int = 0, world: int = 1) -> None:
@@ -488,7 +499,8 @@ class Meter:
         self.rank = rank
         self.world = world
         self.names: list[str] = []
-        self.sums: Tensor | None = None  # of each name, then finite, skipped, skipped in a row
+        # Of each name, then three counts of steps: made, skipped, skipped in a row.
+        self.sums: Tensor | None = None
 
     def add(self, figures: dict[str, Tensor], finite: Tensor) -> None:
         """Figures of a step, scalars on the device. `finite`: whether the step changed the weights.
@@ -497,19 +509,19 @@ class Meter:
             self.names = list(figures)
             self.sums = torch.zeros(len(figures) + 3, device=self.device)
         values = torch.stack([figures[name].float() for name in self.names])
-        good = finite.float()
-        bad = 1 - good
-        counts = torch.stack([good, bad, bad])
-        self.sums += torch.cat([values.where(good > 0, 0), counts])
-        self.sums[-1] *= bad  # the last count, of steps in a row, is 0 after a finite step
+        made = finite.float()
+        skipped = 1 - made
+        counts = torch.stack([made, skipped, skipped])
+        self.sums += torch.cat([values.where(finite, 0), counts])
+        self.sums[-1] *= skipped  # the count of steps in a row is 0 after a finite step
 
     def means(self) -> dict[str, float]:
         """The mean of each figure (nan if no step was finite), and the counts of skipped steps."""
         # The mean over the ranks. The counts are the same on all of them.
-        *sums, finite, skipped, in_a_row = sum_over_ranks(self.sums / self.world).tolist()
+        *sums, made, skipped, in_a_row = sum_over_ranks(self.sums / self.world).tolist()
         means = {}
         for name, total in zip(self.names, sums, strict=True):
-            means[name] = total / finite if finite else math.nan
+            means[name] = total / made if made else math.nan
         return means | {"skipped": skipped, "skipped_in_a_row": in_a_row}
 
     def skipped_in_a_row(self) -> float:
@@ -550,7 +562,7 @@ class Log:
 
     Args:
         folder: Of the run.
-        start: A restart takes back the events after this iteration.
+        start: A restart removes the events after this iteration.
         tensorboard, wandb: Log there, too; `wandb` is the name of the project.
         config: Options of the run, for TensorBoard and W&B.
         quiet: Writes nothing, as on ranks other than 0.
@@ -574,13 +586,15 @@ class Log:
         self.run = None  # of Weights & Biases
         if quiet:
             return
-        self.take_back(start)
+        self.remove_events_after(start)
+        advice = "pip install tensorboard, or check the folder"
         try:
             if tensorboard:
                 package = importlib.import_module("torch.utils.tensorboard")
                 self.board = package.SummaryWriter(folder / "tensorboard", purge_step=start + 1)
                 self.board.add_text("config", json.dumps(config, indent=1))
             if wandb:
+                advice = "pip install wandb, and wandb login or WANDB_MODE=offline"
                 self.wandb = importlib.import_module("wandb")
                 self.run = self.wandb.init(
                     project=wandb,
@@ -591,7 +605,6 @@ class Log:
                     resume="allow",
                 )
         except Exception as error:
-            advice = "pip install it; W&B: wandb login, or WANDB_MODE=offline"
             raise UserError(f"{error} ({advice})") from None
 
     def run_id(self) -> str:
@@ -602,15 +615,16 @@ class Log:
             file.write_text(f"{self.folder.name}-{secrets.token_hex(4)}", encoding="utf-8")
         return file.read_text(encoding="utf-8")
 
-    def take_back(self, start: int) -> None:
-        """Removes the events after iteration `start`, and a last line that a crash has cut."""
+    def remove_events_after(self, start: int) -> None:
+        """Rewrites log.jsonl without the events after iteration `start`, and without a last line
+        that a crash has cut."""
         kept = [json.dumps(event) + "\n" for event in self.events() if event["iter"] <= start]
         partial = self.file.with_name("log.jsonl.partial")
         partial.write_text("".join(kept), encoding="utf-8")
         partial.replace(self.file)
 
     def events(self) -> list[dict[str, Any]]:
-        """Those in log.jsonl, without lines that a crash has spoilt."""
+        """Those in log.jsonl, without lines that can't be read."""
         events = []
         if self.file.exists():
             for line in self.file.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -629,7 +643,7 @@ class Log:
         self.append("log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
 
     def append(self, name: str, line: str) -> None:
-        """A log that can't be written stops no training."""
+        """Adds a line to a file. Training continues if the file can't be written."""
         try:
             path = self.folder / name
             with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
@@ -643,7 +657,9 @@ class Log:
     ) -> None:
         """A line for people, and an event for programs: `kind` is "train" or "val".
 
-        values: Plain values; floats become curves. pictures: {name: PIL image}.
+        values: Plain values; floats become curves. Those of "val" have a `dataset`, which names the
+            curves, and `eval_only`.
+        pictures: {name: PIL image}.
         """
         if self.quiet:
             return
@@ -692,7 +708,11 @@ class Log:
             return
         events = self.events()
         figure = Figure((12, 3.5), layout="constrained")
-        titles = {"loss": "loss", "lr": "learning rate", "psnr": "PSNR, dB"}
+        measure = "psnr"
+        for event in events:  # the measure that decides has a "best_" beside it
+            best = [key for key in event if key.startswith("best_") and key != "best_iter"]
+            measure = best[0].removeprefix("best_") if best else measure
+        titles = {"loss": "loss", "lr": "learning rate", measure: measure}
         for axis, (key, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
             curves: dict[str, list[tuple[int, float]]] = {}
             for event in events:
@@ -767,14 +787,14 @@ def main() -> None:
         "--scale",
         type=int,
         default=4,
-        help="crop if sizes differ by fewer pixels (%(default)s)",
+        help="where sizes differ by fewer pixels, compare the common part (%(default)s)",
     )
     args = parser.parse_args()
     data_module().escape_unprintable()
     if "{}" not in args.filename_tmpl:
-        sys.exit(f"filename_tmpl={args.filename_tmpl!r} must hold {{}}, the name of the original")
+        raise UserError(f"filename_tmpl={args.filename_tmpl!r} must hold {{}}, the original's name")
     if args.restored.is_dir() != args.originals.is_dir():
-        sys.exit(f"{args.restored} and {args.originals}: give two images or two folders that exist")
+        raise UserError(f"{args.restored}, {args.originals}: give two images or two folders")
     if args.restored.is_dir():
         restored = images_by_name(args.restored)
         originals = images_by_name(args.originals, args.filename_tmpl)

@@ -635,12 +635,12 @@ def test_curves_are_drawn(tmp_path: Path) -> None:
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch) -> None:
-    for module, options in (
-        ("torch.utils.tensorboard", {"tensorboard": True}),
-        ("wandb", {"wandb": "project"}),
+    for module, package, options in (
+        ("torch.utils.tensorboard", "tensorboard", {"tensorboard": True}),
+        ("wandb", "wandb", {"wandb": "project"}),
     ):
         monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(ValueError, match=rf"{module}.*\(pip install it"):
+        with pytest.raises(ValueError, match=rf"{module}.*\(pip install {package}"):
             metrics.Log(tmp_path, **options)
 
 
@@ -672,7 +672,7 @@ def test_a_loss_is_a_weighted_sum_of_named_terms(tmp_path: Path) -> None:
         ("l3", "'l3'; there is l1, mse, charbonnier, perceptual, style"),
         ("", "no loss is called ''"),
         ("l1+l1", "l1 is given twice"),
-        ("x*l1", "'x' is no weight, as in 0.1*l1"),
+        ("x*l1", "'x' is not a number: write 0.1*l1"),
         ("l1+", "no loss is called ''"),
     ],
 )
@@ -743,3 +743,17 @@ def test_sizes_that_differ_by_less_than_a_scale_are_cropped_and_said(tmp_path: P
     assert "PSNR      inf dB" in out
     code, out, err = call(tmp_path / "out.png", tmp_path / "gt.png", "--scale=1")
     assert code == 1 and "shapes differ" in err
+
+
+def test_a_weight_may_have_an_exponent() -> None:
+    assert metrics.parse_loss("1e+2*l1+1e-3*mse") == {"l1": 100.0, "mse": 0.001}
+
+
+def test_bad_batches_are_refused_by_name() -> None:
+    good = torch.rand(1, 3, 16, 16)
+    with pytest.raises(ValueError, match="target has values that aren't finite"):
+        psnr(good, good * math.nan)
+    with pytest.raises(ValueError, match="an image is"):
+        psnr(torch.zeros(0, 3, 8, 8), torch.zeros(0, 3, 8, 8))
+    with pytest.raises(ValueError, match="gan needs a generator_loss"):
+        metrics.WeightedLoss("l1+gan")
