@@ -1,11 +1,11 @@
 # Colour denoising, Gaussian noise of sigma 25, SwinIR-M: the authors' recipe (KAIR's options).
 #
 #   torchrun --nproc_per_node=8 train.py configs/denoise.py \
-#       --dataroot_gt=DIV2K,Flickr2K,WED --val_gt=CBSD68
+#       --dataroot_gt=DIV2K,Flickr2K,BSD500,WED --val_gt=CBSD68
 #
 # The authors trained sigma 25 and 50 from 15: --sigma=50 --pretrain_network=FILE, which halves the
 # iterations and the lr. Published on CBSD68 (PSNR, RGB, border 0): sigma 15 34.42, 25 31.78,
-# 50 28.56 dB. Not trained here. A step takes 26 to 37 s on two CPU cores, so this is for GPUs.
+# 50 28.56 dB. Not trained here. It needs GPUs: on two CPU cores a step takes half a minute.
 import numpy as np
 
 name = lambda cfg: "denoise_color" + "-".join(f"{n:g}" for n in np.ravel(cfg.sigma))  # 25, 0-50

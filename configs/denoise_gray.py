@@ -1,11 +1,11 @@
 # Gray denoising, Gaussian noise of sigma 25, SwinIR-M: the authors' recipe (KAIR's options).
 #
 #   torchrun --nproc_per_node=8 train.py configs/denoise_gray.py \
-#       --dataroot_gt=DIV2K,WED --val_gt=Set12
+#       --dataroot_gt=DIV2K,Flickr2K,BSD500,WED --val_gt=Set12
 #
 # The authors trained sigma 25 and 50 from 15: --sigma=50 --pretrain_network=FILE, which halves the
 # iterations and the lr. Published on Set12 (PSNR, gray, border 0): sigma 15 33.36, 25 31.01,
-# 50 27.91 dB. Not trained here. A step takes 36 s on two CPU cores, so this is for GPUs.
+# 50 27.91 dB. Not trained here. It needs GPUs: on two CPU cores a step takes half a minute.
 import numpy as np
 
 name = lambda cfg: "denoise_gray" + "-".join(f"{n:g}" for n in np.ravel(cfg.sigma))  # 25, 0-50

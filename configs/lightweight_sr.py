@@ -6,7 +6,7 @@
 # They trained x3 and x4 from x2: --scale=4 --pretrain_network=FILE --strict_load=False, which
 # halves the iterations and the lr. Published on Set5 (Y, border = scale): x2 38.14, x3 34.62,
 # x4 32.44 dB. Low-resolution images are made by MATLAB's imresize unless dataroot_lq names them.
-# Not trained here. A step takes 12 to 18 s on two CPU cores, so this is for GPUs.
+# Not trained here. It needs a GPU: on two CPU cores a step takes a quarter of a minute.
 name = lambda cfg: f"lightweight_sr_x{cfg.scale}"
 scale = 2
 degradation = "bicubic"

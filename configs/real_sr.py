@@ -4,11 +4,11 @@
 #       --dataroot_gt=DIV2K,Flickr2K,OST --val_gt=testset
 #
 # Photographs are degraded by BSRGAN's chain while training, those of val_gt once and for all
-# (--degradation=realesrgan for Real-ESRGAN's, which also sharpens what is to be made). With
+# (--degradation=realesrgan for Real-ESRGAN's, which also sharpens the ground truth). With
 # dataroot_lq, and val_lq for validation, pairs of your own are used instead. configs/real_sr_gan.py
 # is the stage that follows. SwinIR-L: --embed_dim=240 --depths=6,6,6,6,6,6,6,6,6
 # --num_heads=8,8,8,8,8,8,8,8,8 --resi_connection=3conv. Published without PSNR. Not trained here.
-# A step takes 56 s on two CPU cores, so this is for GPUs.
+# It needs GPUs: on two CPU cores a step takes a minute.
 name = lambda cfg: f"real_sr_x{cfg.scale}"
 scale = 4
 degradation = "bsrgan"

@@ -1,7 +1,7 @@
 # Real-world super-resolution x4, SwinIR-M: the authors' GAN stage, from photographs alone. It
 # starts from the weights of the PSNR stage, configs/real_sr.py.
 #
-#   torchrun --nproc_per_node=8 train.py configs/real_sr_gan.py --dataroot_gt=DIV2K,Flickr2K
+#   torchrun --nproc_per_node=8 train.py configs/real_sr_gan.py --dataroot_gt=DIV2K,Flickr2K,OST
 #
 # VGG19's weights, for the perceptual loss, are downloaded. Images become sharper, and their PSNR
 # falls: look at them, in visualization/. SwinIR-L: as in real_sr.py. Not trained here.

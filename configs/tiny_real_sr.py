@@ -5,8 +5,8 @@
 #
 # For sharper, less faithful images, go on from its weights with a discriminator:
 #
-#   python train.py configs/tiny_real_sr.py --dataroot_gt=photos --val_gt=testset --name=gan
-#       --pretrain_network=experiments/tiny_real_sr/models/net_g_best.pth
+#   python train.py configs/tiny_real_sr.py --dataroot_gt=photos --val_gt=testset --name=gan \
+#       --pretrain_network=experiments/tiny_real_sr/models/net_g_best.pth \
 #       --loss=l1+0.05*gan --lr=1e-4
 name = "tiny_real_sr"
 scale = 2

@@ -1,4 +1,5 @@
-"""Trains a tiny network for long and prints the resident memory of the process: it must not grow.
+"""Trains a tiny network for thousands of iterations and prints the resident memory of the process,
+which must not grow.
 
     python tests/soak.py                      # 3,000 iterations, about two minutes
     python tests/soak.py 10000                # 10,000
@@ -35,7 +36,7 @@ def resident_mb() -> float:
 
 def main(total: int, options: list[str]) -> None:
     lr_at, marks = train.lr_at, {}
-    wanted = {500, 1500, 2000, 3000, 5000, total}
+    wanted = {*range(500, total, 1000), total}
 
     def look(it: int, cfg: train.Config) -> float:  # called once in each iteration
         if it in wanted:
