@@ -20,7 +20,7 @@ upsampler = lambda cfg: "pixelshuffledirect" if cfg.scale > 1 else ""
 drop_path_rate = 0.0  # stochastic depth slows short runs down
 init_std = 0.1
 
-loss = "mse"
+loss = lambda cfg: "l1" if cfg.scale > 1 else "mse"  # for x2, 0.16 dB better than mse
 optimizer = "muon"  # in three minutes 0.4 dB better than adam
 lr = 5e-3
 betas = (0.9, 0.99)
@@ -32,5 +32,5 @@ total_iters = 2100
 test_y_channel = lambda cfg: cfg.scale > 1
 crop_border = lambda cfg: cfg.scale if cfg.scale > 1 else 0
 print_freq = 150
-val_freq = 525  # with a first picture after a minute
+val_freq = 525
 save_checkpoint_freq = 525
