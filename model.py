@@ -802,11 +802,13 @@ def load(path: str | Path, param_key: str = "params_ema", device: Any = "cpu") -
 def load_weights(
     net: nn.Module, path: str | Path, param_key: str = "params_ema", strict: bool = True
 ) -> str:
-    """Copies a file's tensors into `net` and returns a sentence that says what was taken.
+    """Copies the tensors of a file, or of a run's best network, into `net`. Returns a sentence that
+    says what was taken.
 
     Tensors that are missing, or of another shape, are left out: with `strict` this is a UserError,
     as is a file none of whose tensors fits.
     """
+    path = find_network(Path(path).expanduser())
     own = {}
     for key, value in net.state_dict().items():
         if not key.endswith(BUFFERS):

@@ -142,7 +142,7 @@ class Config:
     init_std: float = 0.02  # deviation of the initial weights of linear layers
     use_checkpoint: bool = False  # recompute activations: less memory, more time
     attention: str = "math"  # math, sdpa: see ATTENTION in model.py; on a GPU neither was timed
-    # weights to start from: ours, official, BasicSR's or KAIR's
+    # weights to start from: a run's folder, or a file: ours, official, BasicSR's, KAIR's
     pretrain_network: str | None = None
     param_key: str = "params_ema"  # which weights of that file
     strict_load: bool = True  # False: take what fits

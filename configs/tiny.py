@@ -17,11 +17,11 @@ window_size = 8
 mlp_ratio = 2
 resi_connection = "3conv"
 upsampler = lambda cfg: "pixelshuffledirect" if cfg.scale > 1 else ""
-drop_path_rate = 0.0  # stochastic depth slows short runs down
+drop_path_rate = 0.0  # in three minutes 0.1 costs 0.08 dB
 init_std = 0.1
 
 loss = lambda cfg: "l1" if cfg.scale > 1 else "mse"  # for x2, 0.16 dB better than mse
-optimizer = "muon"  # in three minutes 0.4 dB better than adam
+optimizer = "muon"  # in three minutes 0.4 dB better than adam, 0.6 dB for x2
 lr = 5e-3
 betas = (0.9, 0.99)
 grad_clip = 0.05

@@ -1559,6 +1559,14 @@ def test_spoilt_weights_and_optimizers_are_named(tmp_path):
         load(path)
 
 
+def test_weights_of_a_run_are_found_by_its_folder(tmp_path):
+    net, fresh = lively(SwinIR(**TINY), 1), SwinIR(**TINY)
+    (tmp_path / "run/models").mkdir(parents=True)
+    path = saved(tmp_path / "run/models/net_g_best.pth", net)
+    assert load_weights(fresh, tmp_path / "run").startswith(f"{path}: ")
+    assert all(torch.equal(fresh.state_dict()[key], v) for key, v in net.state_dict().items())
+
+
 def test_weights_beside_a_counter_are_found(tmp_path):
     net = SwinIR(**TINY)
     torch.save({"model": net.state_dict(), "step": torch.tensor(5)}, tmp_path / "a.pth")
