@@ -17,7 +17,7 @@ window_size = 8
 mlp_ratio = 2
 resi_connection = "3conv"
 upsampler = lambda cfg: "pixelshuffledirect" if cfg.scale > 1 else ""
-drop_path_rate = 0.0  # in three minutes 0.1 costs 0.08 dB
+drop_path_rate = 0.0  # in three minutes 0.1 costs 0.07 dB
 init_std = 0.1
 
 loss = lambda cfg: "l1" if cfg.scale > 1 else "mse"  # for x2, 0.16 dB better than mse
