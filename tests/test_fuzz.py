@@ -151,7 +151,7 @@ def test_what_would_run_code_is_refused_and_did_not_run(tmp_path):
                 torch.save(held, files[1 + zipped], _use_new_zipfile_serialization=zipped)
             for file in files:
                 path.write_bytes(file.getvalue())
-                assert not loads(path) and train.last_checkpoint(tmp_path)[1] == {}
+                assert not loads(path) and train.last_checkpoint(tmp_path, 0, 1)[1] == {}
                 for use in uses:
                     with pytest.raises(ValueError, match=r"0\.state"):
                         use(path)
