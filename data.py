@@ -1553,6 +1553,16 @@ def split_roots(roots: Any) -> list[str]:
     return [os.path.expanduser(str(root).strip()) for root in roots]
 
 
+def validation_roots(val_gt: Any, val_lq: Any) -> list[tuple[str, str | None]]:
+    """(val_gt, val_lq) of each validation set. Raises UserError for unequal numbers of them."""
+    gt_roots, lq_roots = split_roots(val_gt), split_roots(val_lq)
+    if not lq_roots:
+        return [(root, None) for root in gt_roots]
+    if len(lq_roots) != len(gt_roots):
+        raise UserError("give one val_lq for each val_gt")
+    return list(zip(gt_roots, lq_roots, strict=True))
+
+
 def split_at_commas(text: str) -> list[str]:
     """Its parts. Those that together are the name of a file or folder stay together."""
     words = text.split(",")
@@ -2242,15 +2252,12 @@ def check(paths: list[str], options: list[str]) -> None:
     for notice in name_small(pairs.groups, cfg.scale, cfg.gt_size) + name_few(pairs.groups):
         print(f"note: {notice}")
 
-    gt_roots, lq_roots = split_roots(cfg.val_gt), split_roots(cfg.val_lq)
-    if lq_roots and len(lq_roots) != len(gt_roots):
-        raise UserError("give one val_lq for each val_gt")
-    if not gt_roots and not problems:
+    roots = validation_roots(cfg.val_gt, cfg.val_lq)
+    if not roots and not problems:
         _, held_out = split_held_out(pairs.groups, cfg.scale, cfg.gt_size)
         print(f"validation: {describe_held_out([name_of(pair) for pair in held_out])}")
-    for i, root in enumerate(gt_roots):
+    for root, lq_root in roots:
         if root != "synthetic":
-            lq_root = lq_roots[i] if lq_roots else None
             pairs = open_pairs(root, lq_root, cfg.scale, cfg.filename_tmpl, whole=True)
             problems += report_pairs(f"validation {root}", pairs)
             every = all_pairs(pairs.groups)

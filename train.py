@@ -64,9 +64,9 @@ from data import (
     read_text,
     sample_batches,
     split_at_commas,
-    split_roots,
     train_loader,
     validation_options,
+    validation_roots,
 )
 from metrics import (
     GAN_LOSSES,
@@ -443,10 +443,7 @@ def open_training_set(cfg: Config) -> PairedImageDataset:
 
 def open_validation_sets(cfg: Config, held_out: list[Any]) -> dict[str, ValidationImages]:
     """The sets, under the names of their folders, or "held_out", or "synthetic"."""
-    gt_roots = split_roots(cfg.val_gt)
-    lq_roots = split_roots(cfg.val_lq)
-    if cfg.val_lq and len(lq_roots) != len(gt_roots):
-        raise UserError("give one val_lq for each val_gt")
+    roots = validation_roots(cfg.val_gt, cfg.val_lq)
     if cfg.val_freq == 0 and not cfg.eval_only:
         return {}
     options = {"scale": cfg.scale, "in_chans": cfg.in_chans, "filename_tmpl": cfg.filename_tmpl}
@@ -454,11 +451,10 @@ def open_validation_sets(cfg: Config, held_out: list[Any]) -> dict[str, Validati
     options |= options_of_degradation(cfg.degradation, cfg)
     if held_out:
         return {"held_out": ValidationImages(held_out=held_out, **options)}
-    if not gt_roots and cfg.dataroot_lq:
+    if not roots and cfg.dataroot_lq:
         return {}  # too few pairs to hold one out, and synthetic images would say nothing
     sets = {}
-    for i, root in enumerate(gt_roots or ["synthetic"]):
-        lq_root = lq_roots[i] if lq_roots else None
+    for i, (root, lq_root) in enumerate(roots or [("synthetic", None)]):
         name = printable(Path(os.path.abspath(root)).stem)
         if name in sets:  # folders of the same name
             name += f"_{i + 1}"
